@@ -1,0 +1,463 @@
+"""
+sample.py - from a request to a PNG: encode the prompt, denoise, decode, write. And the six-task evaluation.
+
+Read `lens.py`, `vae.py` and `data.py` first. Assumes weights in one of the layouts that `lens.load_pipeline` reads;
+without `--weights` it takes the toy that the repository ships, which runs on any laptop in seconds.
+
+    python sample.py --prompt "a red circle to the left of a blue square"
+    python sample.py --prompt "..." --num 4 --seed 7 --steps 50 --aspect 16:9
+    python sample.py --prompt "..." --image photo.png --strength 0.6        # start from a picture
+    python sample.py --prompts-file prompts.txt --out pictures/             # a line a prompt, or GenEval's JSON lines
+    python sample.py --prompt "..." --weights DIR_OR_REPO --base 1440       # the released model
+    python sample.py --eval                                                 # the six tasks on the toy world
+
+The sampler is Euler's method on dx/dt = v(x, t), from noise at t = 1 to data at t = 0 [paper]. With guidance g the model
+runs twice a step, with the prompt and without any, and the step goes along u + g (c - u), scaled back to the length of
+c [checkpoint]. Prompts of unequal length never share a batch: nothing is padded, so no attention needs a mask, and a
+picture is the same whatever was made beside it.
+"""
+import argparse, hashlib, json, math, os, sys, time, warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, PngImagePlugin
+from tqdm import tqdm
+
+import data
+import lens
+import vae as autoencoder
+from lens import LensError
+
+HERE = Path(__file__).resolve().parent
+TOY = HERE / "weights" / "toy"
+MAX_AREA = 1440**2                         # [paper] the largest area it generalises to, untrained
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sampler.
+
+def guide(cond, uncond, guidance):
+    """u + g (c - u), each token then scaled to the length of c: [B, N, C]. Without the scaling, guided tokens grow longer
+    than any that the decoder has met, and colours burn out."""
+    combined = uncond + guidance * (cond - uncond)
+    return combined * (cond.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+
+
+@torch.no_grad()
+def denoise(model, noise, text, text_mask, grid, steps, guidance, on_step=None, negative=None, negative_mask=None, start=0):
+    """Euler's method from noise to tokens.
+
+    noise       [B, h*w, C] fp32, the state at sigma[start]: plain noise for start 0
+    text        list of K [B, S, E] or None; text_mask [B, S] bool or None (all visible)
+    grid        (h, w); steps: number of levels; guidance: 1.0 is none, and one forward a step
+    negative    features of a negative prompt; None means no text at all, and that branch runs on image tokens alone
+    on_step     called as on_step(i, x, v) after step i, x [B, h*w, C] at sigma[i + 1]
+    Returns tokens [B, h*w, C] fp32. [paper] [checkpoint]"""
+    levels = lens.sigmas(noise.shape[1], steps)                                    # [steps + 1] on the CPU: no sync to read one
+    dtype = model.proj_out.weight.dtype
+    # Nothing below the next four lines but the blocks depends on x: projections of the text, rotary angles and the
+    # modulation of every block at every step are made once.
+    cond = model.prepare(text, text_mask, grid)
+    uncond = model.prepare(negative, negative_mask, grid) if guidance != 1.0 else None
+    modulation = model.modulation(levels[:-1].to(noise.device))
+    x = noise.float()                                                              # the state stays fp32: twenty small sums
+    for i in range(start, steps):
+        now = modulation.at(i)
+        v = model.velocity_from(x.to(dtype), now, cond).float()                    # [B, N, C]
+        if uncond is not None:
+            v = guide(v, model.velocity_from(x.to(dtype), now, uncond).float(), guidance)
+        x = x + (levels[i + 1] - levels[i]).item() * v
+        if on_step:
+            on_step(i, x, v)
+    return x
+
+
+def from_pil(images):
+    """PIL images of one size -> [B, 3, H, W] in [-1, 1]."""
+    return autoencoder.to_images(torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])))
+
+
+def picture_noise(seed, grid, channels):
+    """[1, h*w, C] noise of one picture, from its own seed alone, made on the CPU: the same on every device, in every batch."""
+    return torch.randn((1, grid[0] * grid[1], channels), generator=torch.Generator().manual_seed(int(seed)))
+
+
+def encode(encoder, prompts):
+    """Features of prompts, one by one [K, S, E]: equal lengths run together, so there is no padding. Empty prompts give None:
+    an empty prompt is never encoded, it is no text at all [checkpoint]."""
+    found, by_length = [None] * len(prompts), {}
+    for i, (prompt, row) in enumerate(zip(prompts, encoder.tokenize(prompts)[0] if prompts else [])):
+        if prompt.strip():
+            by_length.setdefault(len(row), []).append(i)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                            # tokenize has already told what was cut
+        for members in by_length.values():
+            for chunk in (members[k:k + 64] for k in range(0, len(members), 64)):
+                features, _ = encoder.encode([prompts[i] for i in chunk])
+                for j, i in enumerate(chunk):
+                    found[i] = torch.stack([layer[j] for layer in features])
+    return found
+
+
+@torch.no_grad()
+def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=None, width=None, steps=20, guidance=5.0, negative="",
+             features=None, images=None, strength=1.0, batch_size=16, on_step=None, progress=False):
+    """One PIL image a prompt, in order.
+
+    pipeline    (transformer, vae, text encoder or None) already loaded; else `weights` is loaded
+    seeds       one a picture (default: seed, seed + 1, ...); the same seed gives the same picture in any batch
+    features    what `encode` returned for prompts + [negative]; then the text encoder is not needed
+    images      one PIL image a prompt to start from, noised to `strength` (1: all noise, as if there were none)"""
+    transformer, vae, encoder = pipeline or lens.load_pipeline(weights)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    seeds = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
+    device, scale = transformer.proj_out.weight.device, 16
+    base = 96 if transformer.config.in_channels == 32 else 1024
+    height, width = height or base, width or base
+    grid = (height // scale, width // scale)
+    *features, negative_features = features if features is not None else encode(encoder, prompts + [negative])
+    groups = {}                                                                    # equal text lengths share batches
+    for i, f in enumerate(features):
+        groups.setdefault(0 if f is None else f.shape[1], []).append(i)
+    batches = [members[k:k + batch_size] for members in groups.values() for k in range(0, len(members), batch_size)]
+    start = min(steps - 1, steps - max(1, round(steps * strength))) if images else 0
+    results = [None] * len(prompts)
+    bar = tqdm(total=len(batches) * (steps - start), desc="denoise", unit="step", disable=not progress, leave=False)
+    for batch in batches:
+        noise = torch.cat([picture_noise(seeds[i], grid, transformer.config.in_channels) for i in batch]).to(device)
+        if images:
+            begin = from_pil([images[i].resize((width, height), Image.LANCZOS) for i in batch])
+            x0 = vae.to_tokens(vae.encode(begin.to(device, next(vae.parameters()).dtype))[0]).float()
+            noise = lens.add_noise(x0, noise, lens.sigmas(noise.shape[1], steps)[start].item())
+        rows = lambda f: None if f is None else [layer.to(device) for layer in f]  # K x [S, E]
+        text = None if features[batch[0]] is None else list(torch.stack([features[i] for i in batch], 1).to(device))    # K x [B, S, E]
+        unwanted = negative_features is not None and [layer[None].expand(len(batch), -1, -1) for layer in rows(negative_features)] or None
+
+        def step(i, x, v):
+            bar.update()
+            if on_step:
+                on_step(i, x, v)
+        tokens = denoise(transformer, noise, text, None, grid, steps, guidance, step, unwanted, None, start)
+        pixels = vae.decode(vae.to_latent(tokens, grid).to(next(vae.parameters()).dtype))
+        for i, image in zip(batch, autoencoder.to_pil(pixels)):
+            results[i] = image
+    bar.close()
+    return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices, sizes, files.
+
+def pick_device(name=None):
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise LensError("--device cuda: no CUDA device was found; leave --device out to run on the CPU")
+    try:
+        return str(torch.device(name))
+    except RuntimeError:
+        raise LensError(f"--device {name}: not a device; try cpu or cuda") from None
+
+
+def pick_dtype(device, name=None, width=128):
+    """(dtype, why). On a GPU bf16; on a CPU whichever multiplies this model's matrices faster, since only some CPUs have bf16
+    instructions (2.9 times faster there, many times slower elsewhere)."""
+    if name:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name], "as asked"
+    if device != "cpu":
+        return torch.bfloat16, "the GPU's fast type"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(512, width).to(dtype), torch.randn(width, 4 * width).to(dtype)
+        for trial in range(4):                                                     # the first one or two set up the kernels
+            begin = time.perf_counter()
+            a @ b
+            seconds[dtype] = min(seconds.get(dtype, 9e9) if trial else 9e9, time.perf_counter() - begin)
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    return (torch.bfloat16 if ratio > 1.5 else torch.float32), f"bf16 products run {ratio:.1f}x as fast as fp32 here"
+
+
+def pick_size(height, width, aspect, base):
+    """(height, width) from what was asked, or LensError: sides divisible by 16, ratio within 1:2 and 2:1, area to 1440^2."""
+    if height or width:
+        height, width = height or width, width or height
+        if aspect:
+            raise LensError("give --aspect and --base, or --height and --width, not both")
+    else:
+        try:
+            height, width = data.bucket(base, aspect or "1:1")
+        except ValueError as e:
+            raise LensError(f"--aspect: {e}") from None
+    if height <= 0 or width <= 0 or height % 16 or width % 16:
+        raise LensError(f"size {height} x {width}: both sides must be positive and divisible by 16 (say {max(16, height // 16 * 16)} x {max(16, width // 16 * 16)})")
+    # the tables of the checkpoint hold 768 x 1376, so a ratio named 16:9 may be a little off: half a token of slack
+    if max(height, width) > 2 * min(height, width) + 16:
+        raise LensError(f"size {height} x {width}: the ratio must lie between 1:2 and 2:1")
+    if height * width > MAX_AREA * 1.05:
+        raise LensError(f"size {height} x {width}: the area is above 1440 x 1440, the largest that the model was tried at")
+    return height, width
+
+
+def identity(folder, part="transformer"):
+    """A short name for a part's weights: folder name and a hash of what the files say of themselves (header, size, date)."""
+    files, _ = lens.locate(folder, part)
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as f:
+            digest.update(f.read(1 << 16))
+        digest.update(str((file.name, file.stat().st_size, file.stat().st_mtime_ns if part == "text_encoder" else 0)).encode())
+    return f"{Path(folder).name}-{digest.hexdigest()[:10]}"
+
+
+def cached_features(folder, prompts, device, dtype, date, cache):
+    """Features of prompts from the disk cache, encoding what is not there. -> list as from `encode`.
+
+    The key covers encoder, date and text. When all are there the encoder is not even loaded; else it is loaded, used and let
+    go before the denoiser comes: a 24 GB card never has to hold both."""
+    key = lambda prompt: hashlib.sha256("\0".join((identity(lens.part_folder(folder, "text_encoder"), "text_encoder"), date, str(dtype), prompt)).encode()).hexdigest()
+    paths = [Path(cache) / f"{key(p)}.safetensors" if cache and p.strip() else None for p in prompts]
+    found = {}
+    for i, path in enumerate(paths):
+        if path and path.exists():
+            try:
+                with lens.open_safetensors(path) as f:
+                    found[i] = f.get_tensor("features")
+            except LensError:
+                pass                                                               # a spoilt cache entry is made again
+    missing = [i for i in range(len(prompts)) if i not in found and prompts[i].strip()]
+    if missing:
+        encoder = lens.load_pipeline(folder, device, dtype, parts=("text_encoder",), date=date)[2]
+        for i, f in zip(missing, encode(encoder, [prompts[i] for i in missing])):
+            found[i] = f.cpu()
+            if paths[i]:
+                try:
+                    lens.write_safetensors(paths[i], {"features": found[i]})
+                except LensError as e:                                             # a full or read-only disk costs the cache, not the picture
+                    print(f"note: prompt features were not cached: {e}", file=sys.stderr)
+                    paths = [None] * len(paths)
+    return [found.get(i) for i in range(len(prompts))]
+
+
+def contact_sheet(images, columns=None, labels=None):
+    """All pictures in one, a grid of equal cells; labels: a short text under each, or None."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    w, h = max(i.width for i in images), max(i.height for i in images) + (14 if labels else 0)
+    sheet = Image.new("RGB", (columns * (w + 4) - 4, math.ceil(len(images) / columns) * (h + 4) - 4), "white")
+    for k, image in enumerate(images):
+        at = (k % columns * (w + 4), k // columns * (h + 4))
+        sheet.paste(image, at)
+        if labels:
+            ImageDraw.Draw(sheet).text((at[0] + 2, at[1] + h - 13), labels[k], fill="black")
+    return sheet
+
+
+def save_png(image, path, notes):
+    """Writes beside and renames; notes become PNG text chunks (UTF-8), which any image viewer shows."""
+    info = PngImagePlugin.PngInfo()
+    for name, value in notes.items():
+        info.add_itxt(name, str(value))
+    lens.replace_file(path, lambda new: image.save(new, "PNG", pnginfo=info))
+
+
+def strange_words(prompts, notes):
+    """Words of the prompts that the model never saw in training, where its weights say which it saw (the toy's do)."""
+    known = set(json.loads(notes.get("words", "[]")))
+    words = {w for p in prompts for w in "".join(c if c.isalnum() else " " for c in p.lower()).split()}
+    return sorted(words - known) if known else [], known
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation on the toy world: held-out prompts, the checker, and the Fréchet distance.
+
+EVAL_SEED = 20_260_523                     # training draws its scenes from (seed, epoch, index) with other seeds
+
+
+def fidelity_features(vae, images):
+    """[n, 2C] of PIL images of one size: mean and spread over the picture of the encoder's tokens. Blur shrinks the spread."""
+    rows = []
+    for k in range(0, len(images), 32):
+        tokens = vae.to_tokens(vae.encode(from_pil(images[k:k + 32]).to(next(vae.parameters())))[0]).float()
+        rows.append(torch.cat([tokens.mean(1), tokens.std(1)], 1))
+    return torch.cat(rows)
+
+
+def frechet_distance(a, b):
+    """|mean a - mean b|^2 + tr(Ca + Cb - 2 (Ca Cb)^1/2) of two sets of features [n, d]: how far two sets of pictures are apart
+    as wholes, 0 for equal ones. fp64: the square root of a nearly singular matrix loses half its digits."""
+    a, b = a.double(), b.double()
+    ca, cb = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(ca)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T                        # Ca^1/2
+    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp_min(0).sqrt().sum()      # tr (Ca Cb)^1/2
+    return ((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross).item()
+
+
+def held_out(task, count, height, width, style="dense"):
+    """[(scene, facts, prompt)] of one task that no training run draws."""
+    rows = []
+    for i in range(count):
+        scene, details, prompt = data.sample(EVAL_SEED, data.TASKS.index(task), i, height, width, task, style)
+        rows.append((scene, data.facts(scene, details), prompt))
+    return rows
+
+
+@torch.no_grad()
+def evaluate(pipeline, height, width, steps, guidance, per_task=50, seed=0, style="dense", rewrite=None, progress=True):
+    """-> (scores, pictures, prompts). scores: the six tasks' shares of prompts all of whose facts hold, `overall` (their mean),
+    and `fidelity`: Fréchet distance to the drawn pictures of the same prompts."""
+    rows = [(task, *row) for task in data.TASKS for row in held_out(task, per_task, height, width, style)]
+    prompts = [prompt for *_, prompt in rows]
+    pictures = generate([rewrite(p) for p in prompts] if rewrite else prompts, pipeline, seed=seed, height=height, width=width, steps=steps,
+                        guidance=guidance, batch_size=32, progress=progress)
+    passed = [all(data.check(picture, claims)) for picture, (_, _, claims, _) in zip(pictures, rows)]
+    drawn = [data.draw(scene, height, width) for _, scene, _, _ in rows]
+    tasks = {task: sum(p for p, row in zip(passed, rows) if row[0] == task) / per_task for task in data.TASKS}
+    fidelity = frechet_distance(fidelity_features(pipeline[1], pictures), fidelity_features(pipeline[1], drawn))
+    return {"overall": round(sum(tasks.values()) / len(tasks), 4), **tasks, "fidelity": round(fidelity, 3)}, pictures, prompts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+def read_prompts(path):
+    """Prompts of a file: plain lines, or JSON lines with a `prompt` field (GenEval's) -> (prompts, metadata per prompt or None)."""
+    try:
+        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in lines] if str(path).endswith((".jsonl", ".json")) else None
+        prompts = [row["prompt"] for row in rows] if rows else lines
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
+        raise LensError(f"cannot read prompts from {path}: {type(e).__name__}: {e}") from None
+    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise LensError(f"{path}: no prompts, or an empty one, in the file")
+    return prompts, rows
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(description="Make pictures from prompts, or score a model on the six tasks of the toy world.",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=__doc__[__doc__.index("    python"):__doc__.index("The sampler is")])
+    what = parser.add_argument_group("what to make")
+    what.add_argument("--prompt", action="append", help="what the picture shows; may be given more than once")
+    what.add_argument("--prompts-file", help="a line a prompt; .jsonl with GenEval's fields is written in the folders that its evaluator reads")
+    what.add_argument("--negative", default="", help="what it should not show; empty: no text at all")
+    what.add_argument("--seed", type=int, default=0, help="of the first picture; the next have seed + 1, + 2, ...")
+    what.add_argument("--num", type=int, default=1, help="pictures a prompt")
+    what.add_argument("--image", help="a picture to start from")
+    what.add_argument("--strength", type=float, default=0.7, help="how much of --image is redrawn, above 0 to 1")
+    how = parser.add_argument_group("how")
+    how.add_argument("--steps", type=int, help="Euler steps (default: what the weights say, else 20)")
+    how.add_argument("--guidance", type=float, help="1.0: none, one forward a step (default: what the weights say, else 5.0)")
+    how.add_argument("--aspect", help="W:H, such as 16:9; any from 1:2 to 2:1")
+    how.add_argument("--base", type=int, help="the area is base x base pixels (default: what the weights say, else 1024)")
+    how.add_argument("--height", type=int, help="pixels, divisible by 16 (instead of --aspect and --base)")
+    how.add_argument("--width", type=int, help="pixels, divisible by 16")
+    model = parser.add_argument_group("the model")
+    model.add_argument("--weights", default=str(TOY), help="a folder or hub id in diffusers layout (default: the toy)")
+    model.add_argument("--size", help="check that the weights are of this size: " + ", ".join(lens.SIZES))
+    model.add_argument("--lora", help="a LoRA file or folder, merged into the weights")
+    model.add_argument("--lora-strength", type=float, default=1.0)
+    model.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")
+    model.add_argument("--dtype", choices=("fp32", "bf16"), help="default: the faster one, measured on a CPU")
+    model.add_argument("--date", default=lens.DATE, help=f"written into the chat around the prompt; frozen at {lens.DATE} so that a seed keeps its picture")
+    out = parser.add_argument_group("out")
+    out.add_argument("--out", default="out", help="folder for the pictures")
+    out.add_argument("--cache", default=str(Path.home() / ".cache" / "lens"), help="folder for prompt features, '' for none")
+    score = parser.add_argument_group("score")
+    score.add_argument("--eval", action="store_true", help="the six-task table on held-out scenes; the last line is JSON")
+    score.add_argument("--per-task", type=int, default=50, help="prompts a task")
+    score.add_argument("--requests", choices=("dense", "brief", "vague"), default="dense", help="how the held-out scenes are asked for")
+    args = parser.parse_args(argv)
+    if args.steps is not None and args.steps < 1 or args.num < 1 or args.per_task < 2:
+        raise LensError("--steps and --num must be at least 1, --per-task at least 2")
+    if not 0 < args.strength <= 1:
+        raise LensError(f"--strength {args.strength}: must be above 0 and at most 1")
+    if args.size and args.size not in lens.SIZES:
+        raise LensError(f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
+    if not args.eval and not args.prompt and not args.prompts_file:
+        raise LensError("nothing to do: give --prompt, --prompts-file or --eval (--help explains)")
+    if args.prompt and not all(p.strip() for p in args.prompt):
+        raise LensError("--prompt is empty: say what the picture should show")
+    return args
+
+
+def main(argv=None):
+    args = arguments(argv)
+    device = pick_device(args.device)
+    folder = lens.fetch(args.weights, ("transformer", "vae", "text_encoder"))
+    files, config = lens.locate(folder, "transformer")
+    notes = lens.read_metadata(folder)
+    if args.size and config and lens.LensConfig.from_dict(config) != lens.SIZES[args.size].transformer:
+        raise LensError(f"--size {args.size}: the weights in {args.weights} are of another size")
+    args.steps = args.steps or int(notes.get("steps", 20))
+    args.guidance = float(notes.get("guidance", 5.0)) if args.guidance is None else args.guidance
+    height, width = pick_size(args.height, args.width, args.aspect, args.base or int(notes.get("base", 1024)))
+    dtype, why = pick_dtype(device, args.dtype, (config or {}).get("inner_dim", 1536))
+    print(f"{device}, {str(dtype)[6:]} ({why}); {args.steps} steps, guidance {args.guidance:g}, {width} x {height} pixels")
+    out = Path(args.out)
+    prompts, rows = read_prompts(args.prompts_file) if args.prompts_file else (args.prompt or [], None)
+    start = None
+    if args.image:
+        try:
+            start = Image.open(args.image).convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as e:
+            raise LensError(f"cannot read --image {args.image}: {e}") from None
+    lens.replace_file(out / ".writable", lambda new: new.write_text(""))           # before the work, not after it
+    (out / ".writable").unlink()
+
+    def load():                                                                    # the denoiser and the VAE, LoRA merged
+        transformer, vae, _ = lens.load_pipeline(folder, device, dtype, parts=("transformer", "vae"))
+        if args.lora:
+            print(f"LoRA: {lens.load_lora(transformer, args.lora, args.lora_strength)} layers changed")
+        return transformer, vae
+
+    if args.eval:
+        pipeline = (*load(), lens.load_pipeline(folder, device, dtype, parts=("text_encoder",), date=args.date)[2])
+        begin = time.perf_counter()
+        scores, pictures, _ = evaluate(pipeline, height, width, args.steps, args.guidance, args.per_task, args.seed, args.requests)
+        contact_sheet(pictures[::max(1, args.per_task // 8)], 12).save(out / "eval.png")
+        print(f"\n{'task':14} score   ({args.per_task} held-out {args.requests} prompts a task, {time.perf_counter() - begin:.0f} s, pictures in {out}/eval.png)")
+        for name, value in scores.items():
+            print(f"{name:14} {value:.3f}")
+        print(json.dumps(scores))
+        return
+
+    strange, known = strange_words(prompts, notes)
+    if strange:
+        print(f"note: this model never saw the word{'s' * (len(strange) > 1)} {', '.join(strange)}. It knows: {', '.join(sorted(known))}", file=sys.stderr)
+    features = cached_features(folder, prompts + [args.negative], device, dtype, args.date, args.cache)
+    pipeline = (*load(), None)
+    jobs = [(p, k, args.seed + p * args.num + k) for p in range(len(prompts)) for k in range(args.num)]
+    pictures = generate([prompts[p] for p, _, _ in jobs], pipeline, seeds=[seed for *_, seed in jobs], height=height, width=width, steps=args.steps,
+                        guidance=args.guidance, features=[features[p] for p, _, _ in jobs] + features[-1:],
+                        images=[start] * len(jobs) if start else None, strength=args.strength, progress=True)
+    weights_id = identity(folder)
+    for (p, k, seed), picture in zip(jobs, pictures):
+        chunks = dict(prompt=prompts[p], negative=args.negative, seed=seed, steps=args.steps, guidance=args.guidance, size=f"{width}x{height}",
+                      weights=weights_id, lora=f"{args.lora} x {args.lora_strength}" if args.lora else "", date=args.date, software="Lens")
+        if rows is not None:                                                       # GenEval: 00000/metadata.jsonl, 00000/samples/0000.png
+            path = out / f"{p:05d}" / "samples" / f"{k:04d}.png"
+            lens.replace_file(out / f"{p:05d}" / "metadata.jsonl", lambda new: new.write_text(json.dumps(rows[p]) + "\n"))
+        else:
+            slug = "-".join("".join(c if c.isalnum() else " " for c in prompts[p].lower()).split())[:60] or "picture"
+            path = out / f"{slug}-{seed}.png"
+        save_png(picture, path, chunks)
+        if len(jobs) <= 16:
+            print(path)
+    if len(jobs) > 1:
+        save_png(contact_sheet(pictures), out / "sheet.png", dict(prompts="\n".join(prompts), seed=args.seed, weights=weights_id))
+        print(f"{len(jobs)} pictures in {out}, all of them in {out}/sheet.png")
+
+
+def run(command):
+    """Runs a script's main: a user's mistake becomes one line on stderr and exit code 2, never a stack trace."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        command()
+    except LensError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run(main)
