@@ -27,7 +27,6 @@ from PIL import Image, ImageDraw
 # Sizes. A bucket is one (height, width); a batch holds one bucket, so no picture is padded or cropped to another's.
 
 RATIOS = ("1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1")       # height : width, as the paper lists them
-HELD_OUT_RATIOS = ("5:4", "6:7")                                                   # never trained on: for generalisation
 # [paper] the first five ratios, (height, width) tall side second; the other four are these turned over.
 PAPER_BUCKETS = {512: ((352, 704), (384, 672), (416, 640), (448, 608), (512, 512)),
                  768: ((544, 1088), (576, 1024), (640, 960), (672, 896), (768, 768)),
@@ -559,3 +558,43 @@ def altered(scene, fact, rng, height, width):
         if placed:
             return scene._replace(objects=tuple(_paint(spec, xy, rng) for spec, xy in zip(specs, placed)))
     return None
+
+
+def score_checker(count, seed=0):
+    """(share of drawn scenes that pass, share of altered ones that fail, how many were altered), over every training bucket."""
+    sizes, passed, rejected, tried = [s for base in BUCKETS for s in BUCKETS[base]], 0, 0, 0
+    for i in range(count):
+        height, width = sizes[i % len(sizes)]
+        scene, details, _ = sample(seed, 1, i, height, width)
+        claims, rng = facts(scene, details), np.random.default_rng((seed, 2, i))
+        passed += all(check(draw(scene, height, width), claims))
+        other = altered(scene, claims[rng.integers(len(claims))], rng, height, width)
+        if other is not None:
+            tried += 1
+            rejected += not all(check(draw(other, height, width), claims))
+    return passed / count, rejected / tried, tried
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The toy world: a contact sheet of drawn scenes, or a score of the checker.")
+    parser.add_argument("--check", type=int, metavar="N", help="draw N scenes, and the same with one fact changed; print how often the checker is right")
+    parser.add_argument("--out", default="toy_world.png", metavar="FILE", help="the contact sheet")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.check:
+        passed, rejected, tried = score_checker(args.check, args.seed)
+        print(f"true scenes that pass: {passed:.4f} of {args.check}; scenes with one fact changed that are rejected: {rejected:.4f} of {tried}")
+        return
+    sheet = Image.new("RGB", (6 * 132, 4 * 132), "white")
+    for i in range(24):
+        scene, _, words = sample(args.seed, 0, i, 128, 128)
+        sheet.paste(draw(scene, 128, 128), (i % 6 * 132, i // 6 * 132))
+        print(f"{i // 6 + 1}.{i % 6 + 1}  {words}")
+    try:
+        sheet.save(args.out)
+    except (OSError, ValueError) as e:
+        sys.exit(f"error: cannot write {args.out}: {e}")
+
+
+if __name__ == "__main__":
+    main()

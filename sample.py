@@ -332,9 +332,15 @@ def read_prompts(path):
     return prompts, rows
 
 
+def complain(message):
+    """argparse's own errors (an unknown flag, a number that is none) as everybody else's: one line, exit code 2."""
+    raise LensError(message)
+
+
 def arguments(argv):
     parser = argparse.ArgumentParser(description="Make pictures from prompts, or score a model on the six tasks of the toy world.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog=__doc__[__doc__.index("    python"):__doc__.index("The sampler is")])
+    parser.error = complain
     what = parser.add_argument_group("what to make")
     what.add_argument("--prompt", action="append", help="what the picture shows; may be given more than once")
     what.add_argument("--prompts-file", help="a line a prompt; .jsonl with GenEval's fields is written in the folders that its evaluator reads")

@@ -103,7 +103,7 @@ HEAD
 {%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}"""
 
 
-def toy_tokenizer(seed=0):
+def toy_tokenizer(seed=0, scenes=4000):
     """Byte-level BPE learned on the toy world's sentences: a common word is one token, any other text a few bytes.
 
     The fixed sentences of the chat form are one token each [ours]: they carry nothing, and word by word they would
@@ -111,7 +111,7 @@ def toy_tokenizer(seed=0):
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     texts = [s for pair in data.GUIDELINES.values() for s in pair] * 40 + [REWRITE, "# Instructions", "system developer user assistant analysis final"] * 40
-    for i in range(4000):
+    for i in range(scenes):
         texts += [data.sample(seed, 0, i, 96, 96, style=style)[2] for style in ("dense", "brief", "vague")]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
@@ -182,7 +182,7 @@ def train_text(args):
                                   eos_token_id=tokenizer.eos_token_id).to(args.device).train()
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(named.values(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    saved = load_state(out / "text_state.safetensors")
+    saved = load_state(out / "text" / "state.safetensors")
     step = 0
     if saved:
         step, _, groups = saved
@@ -206,7 +206,7 @@ def train_text(args):
             log(step=step, loss=loss.item(), grad_norm=norm.item())
             bar.set_postfix_str(f"loss {loss.item():.3f}")
         if step % args.save_every == 0 or step == steps:
-            save_state(out / "text_state.safetensors", step, {}, model=model.state_dict(), optimizer=optimizer_tensors(optimizer, named))
+            save_state(out / "text" / "state.safetensors", step, {}, model=model.state_dict(), optimizer=optimizer_tensors(optimizer, named))
     lens.save_pipeline(out, text_encoder=lens.TextEncoder(model, tokenizer, lens.SIZES[args.size].transformer.selected_layer_index))
     print(f"wrote {out}/text_encoder and {out}/tokenizer")
 
@@ -298,7 +298,7 @@ class World:
         """An epoch's batches [(size, scene numbers, caption)], a pure function of (seed, epoch): every scene once, one bucket a
         batch, and captions of like length together, so that little is padded."""
         g, found = generator(seed, epoch), []
-        for size, tokens in self.tokens.items():
+        for size, tokens in sorted(self.tokens.items()):                           # a file gives them back in its own order
             area = min(self.stage.areas, key=lambda a: abs(math.log(size[0] * size[1] / a**2)))
             batch, order = self.stage.batch[area], torch.randperm(len(tokens), generator=g)
             captions = torch.randint(CAPTIONS, (len(tokens),), generator=g)
@@ -413,10 +413,14 @@ def save(args, number, model, ema, optimizer, state, words):
     out, named = Path(args.out), dict(model.named_parameters())
     save_state(out / "state.safetensors", state["total"], {**state, "stage": number}, model=model.state_dict(), ema=ema.state_dict(),
                optimizer=optimizer_tensors(optimizer, named))
-    parts = None if (out / "vae").is_dir() and (out / "text_encoder").is_dir() else os.path.relpath(args.parts, out)
+    parts = None if has_parts(out) else os.path.relpath(args.parts, out)
     notes = dict(command=shlex.join(["python", "train.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["total"], trained_seconds=round(state["seconds"]),
                  score=json.dumps(state.get("scores", {})), steps=20, guidance=5.0, base=96, words=json.dumps(words))
     lens.save_pipeline(out, transformer=ema, metadata=notes, base=parts)
+
+
+def has_parts(folder):
+    return all((Path(folder) / part / "config.json").exists() for part in ("vae", "text_encoder"))
 
 
 def train_denoiser(args):
@@ -457,6 +461,7 @@ def train_denoiser(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Train the toy's text encoder, or the denoiser by flow matching. The same command again resumes.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog=__doc__[__doc__.index("    python vae"):__doc__.index("The same command")])
+    parser.error = sample.complain
     parser.add_argument("--size", default="toy", help="one of " + ", ".join(lens.SIZES))
     parser.add_argument("--stage", default="all", choices=("text", "1", "2", "all"), help="text: the text encoder; 1: small area; 2: all areas; all: 1, then 2")
     parser.add_argument("--out", default="runs/toy", metavar="DIR", help="checkpoint, metrics.jsonl and previews")
@@ -480,7 +485,7 @@ def main(argv=None):
     (out / ".writable").unlink()
     if args.stage == "text":
         return train_text(args)
-    own = (out / "vae").is_dir() and (out / "text_encoder").is_dir()
+    own = has_parts(out)
     args.parts = args.parts or (str(out) if own else str(sample.TOY))
     args.stages = (1, 2) if args.stage == "all" else (int(args.stage),)
     train_denoiser(args)

@@ -331,7 +331,7 @@ def preview(vae, path, device):                               # originals above,
 
 def train(args):
     import data
-    device, out = "cuda" if torch.cuda.is_available() else "cpu", Path(args.out)
+    device, out = "cuda" if torch.cuda.is_available() else "cpu", Path(args.out) / "vae"     # DIR itself is for the denoiser's run
     try: out.mkdir(parents=True, exist_ok=True); (out / "metrics.jsonl").touch()
     except OSError as e: fail(f"cannot write to {out}: {e.strerror}")
     torch.manual_seed(args.seed)
@@ -387,7 +387,7 @@ def train(args):
     metrics = {"probe": probe(ema, device, 4 * args.report, args.report), "round_trip": round_trip(ema, device, args.report),
                "round_trip_noise_0.2": round_trip(ema, device, args.report, 0.2)}
     print(json.dumps({"step": state["step"], "loss": row["loss"], **metrics}), file=log, flush=True)
-    save_vae(ema, out / "vae", {"command": "python vae.py " + " ".join(sys.argv[1:]), "seed": args.seed, "steps": state["step"],
+    save_vae(ema, out, {"command": "python vae.py " + " ".join(sys.argv[1:]), "seed": args.seed, "steps": state["step"],
                                 "minutes": round(state["seconds"] / 60, 2), "semantic": args.semantic, **metrics})
     preview(ema, out / "preview.png", device)
     print(f"semantic {args.semantic}: a linear probe on held-out scenes gets " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["probe"].items()))

@@ -120,7 +120,7 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(tmp_path, monkeypatch,
     vae.main(["--out", str(tmp_path / "whole"), *command])
     said = capsys.readouterr().out
     assert "linear probe" in said and "round trip" in said
-    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "vae" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [*range(1, 13), 12]
     assert np.mean([r["loss"] for r in rows[8:12]]) < np.mean([r["loss"] for r in rows[:3]])
     assert set(rows[-1]["probe"]) == {"shape", "colour", "place"} and 0 <= rows[-1]["round_trip"] <= 1
@@ -138,7 +138,7 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(tmp_path, monkeypatch,
     assert "resuming at step 6" in capsys.readouterr().out
     one, two = (load_file(tmp_path / name / "vae" / "diffusion_pytorch_model.safetensors") for name in ("whole", "halves"))
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-    rows = [json.loads(line)["step"] for line in (tmp_path / "halves" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line)["step"] for line in (tmp_path / "halves" / "vae" / "metrics.jsonl").read_text().splitlines()]
     assert rows == [*range(1, 13), 12]
 
     model = vae.load_vae(tmp_path / "whole")                  # what was saved is what loads, with its story
