@@ -17,7 +17,7 @@ pixels alone can say which facts of a prompt hold in a picture, for the price of
     scene  --facts-->    [count, place, relation, ...]    what the caption claims
     picture, facts  --check-->  [True, False, ...]        what holds
 """
-import argparse, functools, math, sys
+import argparse, colorsys, functools, math, sys
 from typing import NamedTuple
 
 import numpy as np
@@ -473,7 +473,7 @@ def _references():
 
 
 UNCLEAR = 12.0           # this many spreads from every reference, a region is no shape at all
-_HUES = np.array([__import__("colorsys").rgb_to_hsv(*(v / 255 for v in rgb))[0] for rgb in COLORS.values()])
+HUES = np.array([colorsys.rgb_to_hsv(*(v / 255 for v in rgb))[0] for rgb in COLORS.values()])
 
 
 def look(image):
@@ -485,7 +485,7 @@ def look(image):
     r, g, b = np.moveaxis(rgb, -1, 0)
     safe = np.maximum(chroma, 1e-6)
     hue = np.where(high == r, (g - b) / safe, np.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe)) / 6 % 1
-    gap = np.abs(hue[..., None] - _HUES)
+    gap = np.abs(hue[..., None] - HUES)
     nearest = np.minimum(gap, 1 - gap).argmin(-1) + 1
     labels = np.where(chroma > 0.22, nearest, 0)
     empty = chroma < 0.10
@@ -575,12 +575,12 @@ def score_checker(count, seed=0):
     return passed / count, rejected / tried, tried
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description="The toy world: a contact sheet of drawn scenes, or a score of the checker.")
     parser.add_argument("--check", type=int, metavar="N", help="draw N scenes, and the same with one fact changed; print how often the checker is right")
     parser.add_argument("--out", default="toy_world.png", metavar="FILE", help="the contact sheet")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.check:
         passed, rejected, tried = score_checker(args.check, args.seed)
         print(f"true scenes that pass: {passed:.4f} of {args.check}; scenes with one fact changed that are rejected: {rejected:.4f} of {tried}")
@@ -593,7 +593,8 @@ def main():
     try:
         sheet.save(args.out)
     except (OSError, ValueError) as e:
-        sys.exit(f"error: cannot write {args.out}: {e}")
+        print(f"error: cannot write {args.out}: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

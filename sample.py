@@ -109,13 +109,16 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
     seeds       one a picture (default: seed, seed + 1, ...); the same seed gives the same picture in any batch
     features    what `encode` returned for prompts + [negative]; then the text encoder is not needed
     images      one PIL image a prompt to start from, noised to `strength` (1: all noise, as if there were none)"""
-    transformer, vae, encoder = pipeline or lens.load_pipeline(weights)
+    if pipeline is None:
+        device = pick_device()
+        pipeline = lens.load_pipeline(weights, device, pick_dtype(device)[0])
+    transformer, vae, encoder = pipeline
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
-    device, scale = transformer.proj_out.weight.device, 16
-    base = 96 if transformer.config.in_channels == 32 else 1024
+    device = transformer.proj_out.weight.device
+    base = 96 if transformer.config.in_channels < 128 else 1024                    # what the toy, and the released model, are at home in
     height, width = height or base, width or base
-    grid = (height // scale, width // scale)
+    grid = (height // 16, width // 16)                                             # the autoencoder's 8x, then 2 x 2 to a token
     *features, negative_features = features if features is not None else encode(encoder, prompts + [negative])
     groups = {}                                                                    # equal text lengths share batches
     for i, f in enumerate(features):
@@ -130,9 +133,11 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
             begin = from_pil([images[i].resize((width, height), Image.LANCZOS) for i in batch])
             x0 = vae.to_tokens(vae.encode(begin.to(device, next(vae.parameters()).dtype))[0]).float()
             noise = lens.add_noise(x0, noise, lens.sigmas(noise.shape[1], steps)[start].item())
-        rows = lambda f: None if f is None else [layer.to(device) for layer in f]  # K x [S, E]
-        text = None if features[batch[0]] is None else list(torch.stack([features[i] for i in batch], 1).to(device))    # K x [B, S, E]
-        unwanted = negative_features is not None and [layer[None].expand(len(batch), -1, -1) for layer in rows(negative_features)] or None
+        text = unwanted = None                                                     # K x [B, S, E] each, or no text at all
+        if features[batch[0]] is not None:
+            text = list(torch.stack([features[i] for i in batch], 1).to(device))
+        if negative_features is not None:
+            unwanted = [layer.expand(len(batch), -1, -1) for layer in negative_features.to(device)]
 
         def step(i, x, v):
             bar.update()
@@ -214,7 +219,8 @@ def cached_features(folder, prompts, device, dtype, date, cache):
 
     The key covers encoder, date and text. When all are there the encoder is not even loaded; else it is loaded, used and let
     go before the denoiser comes: a 24 GB card never has to hold both."""
-    key = lambda prompt: hashlib.sha256("\0".join((identity(lens.part_folder(folder, "text_encoder"), "text_encoder"), date, str(dtype), prompt)).encode()).hexdigest()
+    encoder_id = identity(lens.part_folder(folder, "text_encoder"), "text_encoder") if cache else ""
+    key = lambda prompt: hashlib.sha256("\0".join((encoder_id, date, str(dtype), prompt)).encode()).hexdigest()
     paths = [Path(cache) / f"{key(p)}.safetensors" if cache and p.strip() else None for p in prompts]
     found = {}
     for i, path in enumerate(paths):

@@ -224,11 +224,11 @@ class Stage:
 
 STAGES = {"nano": {1: Stage((64,), (16,), 30, 1e-3, (64,)), 2: Stage((64, 96), (16, 8), 30, 1e-3, (64, 32))},
           "toy": {1: Stage((64,), (128,), 1600, 1.5e-3, (12_000,)),                              # [ours]
-                  2: Stage((64, 96, 128), (96, 72, 48), 3200, 1.2e-3, (6_000, 12_000, 4_000))},
+                  2: Stage((64, 96, 128), (96, 72, 48), 3800, 1.2e-3, (3_000, 14_000, 3_000))},
           "full": {1: Stage((512,), (24,), 400_000, 2e-4), 2: Stage((512, 768, 1024), (24, 10, 6), 400_000, 1e-4)}}    # [paper]
 CAPTIONS = 2              # kept per scene, each stating other details
 DROPOUT = 0.1             # [ours] share of samples trained without text: the unconditional branch that guidance needs
-CLIP, EMA = 1.0, 0.999    # [paper] gradient norm; [ours] decay of the weights' average, which is what is sampled and saved
+CLIP, EMA = 1.0, 0.998    # [paper] gradient norm; [ours] decay of the weights' average, which is what is sampled and saved
 
 
 class Encoding(torch.utils.data.Dataset):
@@ -324,9 +324,15 @@ def noise_and_time(seed, epoch, size, scenes, shape, mu):
     for i in scenes.tolist():
         g = generator(seed, epoch, *size, i)
         noise.append(torch.randn(shape, generator=g))
-        t.append(torch.sigmoid(mu + torch.randn((), generator=g)))                 # mu > 0: more often near noise, where layout is decided [paper]
+        t.append(torch.sigmoid(mu + torch.randn((), generator=g)))                 # logit-normal [paper]
         dropped.append(torch.rand((), generator=g) < DROPOUT)
     return torch.stack(noise), torch.stack(t), torch.stack(dropped)
+
+
+def training_mu(image_tokens):
+    """Centre of logit(t). From 256 tokens up the paper's line; below, the toy's sizes, down by ln sqrt(n / 256) [ours]: fewer
+    tokens show a picture through less noise, so its shapes are decided at smaller t. (At 36 tokens: 0.0 instead of 1.0.)"""
+    return lens.timestep_mu(max(image_tokens, 256)) + min(0.0, 0.5 * math.log(image_tokens / 256))
 
 
 def flow_matching_loss(model, tokens, text, mask, grid, noise, t):
@@ -367,7 +373,7 @@ def train_stage(number, args, world, model, ema, optimizer, state, log):
         size, scenes, captions = batches[step % epoch_length]
         grid = (size[0] // 16, size[1] // 16)
         tokens, text, mask = world.load(size, scenes, captions)
-        noise, t, dropped = noise_and_time(args.seed, 1000 * number + epoch, size, scenes, tokens.shape[1:], lens.timestep_mu(tokens.shape[1]))
+        noise, t, dropped = noise_and_time(args.seed, 1000 * number + epoch, size, scenes, tokens.shape[1:], training_mu(tokens.shape[1]))
         mask = mask & ~dropped[:, None]                                            # no visible text is no text at all
         batch = [tokens, text, mask, grid, noise, t]
         batch = [[f.to(args.device) for f in b] if isinstance(b, list) else b.to(args.device) if torch.is_tensor(b) else b for b in batch]
@@ -388,11 +394,11 @@ def train_stage(number, args, world, model, ema, optimizer, state, log):
         with torch.no_grad():                                                      # a young average forgets its random start quickly
             torch._foreach_lerp_(averaged, list(named.values()), 1 - min(EMA, (1 + state["total"]) / (10 + state["total"])))
         state["seconds"] += time.perf_counter() - begin
-        log(step=state["total"], stage=number, loss=losses.mean().item(), grad_norm=norm.item(), lr=stage.lr * factor, size=f"{size[1]}x{size[0]}",
-            seconds=round(state["seconds"], 2))
+        row = dict(step=state["total"], stage=number, loss=losses.mean().item(), grad_norm=norm.item(), lr=stage.lr * factor,
+                   size=f"{size[1]}x{size[0]}", seconds=round(state["seconds"], 2))
         bar.update()
         if step % 10 == 0:
-            bar.set_postfix_str(f"loss {losses.mean().item():.3f}, {len(scenes) / (time.perf_counter() - begin):.0f} pictures/s")
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {len(scenes) / (time.perf_counter() - begin):.0f} pictures/s")
         last = state["step"] == steps
         if args.preview_every and (state["step"] % args.preview_every == 0 or last):
             rows = sample.held_out("position", 6, 96, 96) + sample.held_out("counting", 6, 96, 96)
@@ -402,7 +408,8 @@ def train_stage(number, args, world, model, ema, optimizer, state, log):
             scores, *_ = sample.evaluate((ema, args.vae, args.encoder), 96, 96, 20, 5.0, 20, progress=False)
             state["scores"] = scores
             bar.write(f"step {state['total']}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
-            log(step=state["total"], loss=losses.mean().item(), **scores)
+            row.update(scores)
+        log(**row)
         if state["step"] % args.save_every == 0 or last:
             save(args, number, model, ema, optimizer, state, world.words)
     bar.close()
@@ -426,7 +433,10 @@ def has_parts(folder):
 def train_denoiser(args):
     out = Path(args.out)
     _, args.vae, args.encoder = lens.load_pipeline(args.parts, args.device, torch.float32, parts=("vae", "text_encoder"))
-    model, ema = lens.build(args.size, args.seed).to(args.device), lens.build(args.size, args.seed).to(args.device).requires_grad_(False)
+    fresh = lambda: lens.load_transformer(args.init, args.device, torch.float32) if args.init else lens.build(args.size, args.seed).to(args.device)
+    model, ema = fresh().train(), fresh().requires_grad_(False)
+    if model.config != lens.SIZES[args.size].transformer:
+        raise LensError(f"--init {args.init}: its weights are not of size {args.size}")
     args.encoder.layers = model.config.selected_layer_index                        # a folder of parts alone does not say which
     dead = set(model.unread())
     for name, p in model.named_parameters():
@@ -458,6 +468,16 @@ def train_denoiser(args):
     print(f"done: python sample.py --eval --weights {args.out}")
 
 
+def export(args):
+    """DIR of --out as a small checkpoint to ship: every part in bf16, scored on 50 prompts a task, its story in the metadata."""
+    transformer, vae, encoder = lens.load_pipeline(args.out, args.device, torch.float32)
+    notes, vae_notes = lens.read_metadata(args.out), lens.open_safetensors(lens.weight_files(Path(args.parts) / "vae")[0]).metadata() or {}
+    scores, *_ = sample.evaluate((transformer, vae, encoder), *data.bucket(int(notes["base"])), int(notes["steps"]), float(notes["guidance"]))
+    encoder.model.to(torch.bfloat16)
+    lens.save_pipeline(args.export, transformer, vae, encoder, {**notes, "score": json.dumps(scores), "vae": json.dumps(vae_notes)}, dtype=torch.bfloat16)
+    print(f"wrote {args.export}: " + json.dumps(scores))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Train the toy's text encoder, or the denoiser by flow matching. The same command again resumes.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, epilog=__doc__[__doc__.index("    python vae"):__doc__.index("The same command")])
@@ -466,12 +486,14 @@ def main(argv=None):
     parser.add_argument("--stage", default="all", choices=("text", "1", "2", "all"), help="text: the text encoder; 1: small area; 2: all areas; all: 1, then 2")
     parser.add_argument("--out", default="runs/toy", metavar="DIR", help="checkpoint, metrics.jsonl and previews")
     parser.add_argument("--parts", metavar="DIR", help="where the autoencoder and text encoder are (default: DIR of --out if it has them, else weights/toy)")
+    parser.add_argument("--init", metavar="DIR", help="start from these weights (say weights/toy) instead of random ones")
     parser.add_argument("--steps", type=int, help="steps of each stage (default: what the size and stage say)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")
     parser.add_argument("--save-every", type=int, default=250, metavar="N", help="steps")
     parser.add_argument("--eval-every", type=int, default=0, metavar="N", help="steps; six tasks, 20 prompts each; 0: never")
     parser.add_argument("--preview-every", type=int, default=500, metavar="N", help="steps; 0: never")
+    parser.add_argument("--export", metavar="DIR", help="train nothing: score what --out holds and write it there in bf16, to ship")
     args = parser.parse_args(argv)
     if args.size not in lens.SIZES:
         raise LensError(f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
@@ -487,6 +509,8 @@ def main(argv=None):
         return train_text(args)
     own = has_parts(out)
     args.parts = args.parts or (str(out) if own else str(sample.TOY))
+    if args.export:
+        return export(args)
     args.stages = (1, 2) if args.stage == "all" else (int(args.stage),)
     train_denoiser(args)
 
