@@ -469,6 +469,7 @@ class TextEncoder:
 
 def text_model_class(kind):
     import transformers
+    transformers.utils.logging.disable_progress_bar()      # "Loading weights: 71/71" tells a user nothing
     require(kind in CHAT, f"text encoder of type {kind!r}: known are {', '.join(CHAT)}")
     name = {"gpt_oss": "GptOss", "qwen3": "Qwen3"}[kind]
     return getattr(transformers, name + "ForCausalLM"), getattr(transformers, name + "Config")

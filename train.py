@@ -14,7 +14,7 @@ a change to either means training everything after it again. From nothing to a m
 The same command again resumes what DIR holds. DIR is a checkpoint that `sample.py --weights DIR` takes as it is.
 
 Where this departs from the paper [ours]: the toy's pictures are encoded once and kept (drawing and encoding cost as much
-as a training step); each scene is kept with several captions; the learning rate falls to zero over the last fifth of a
+as a training step); each scene is kept with several captions; the learning rate falls to zero over the last third of a
 stage, since a toy run is too short for its average of weights to do that work alone.
 """
 import argparse, json, math, os, shlex, sys, time
@@ -82,7 +82,7 @@ def restore_optimizer(optimizer, named, tensors):
         optimizer.state[named[name]][k] = value.to(named[name].device) if k != "step" else value
 
 
-def schedule(step, steps, warmup, decay=0.2):
+def schedule(step, steps, warmup, decay=0.3):
     """Learning-rate factor: a short rise (Adam's moments are empty at first), flat, then linear to zero over the last `decay`."""
     return min(1.0, (step + 1) / warmup, (steps - step) / max(1, decay * steps))
 
@@ -176,7 +176,7 @@ class Sentences(torch.utils.data.Dataset):
 def train_text(args):
     """Next-token prediction on captions and rewritings; writes DIR/text_encoder and DIR/tokenizer. About 1M parameters."""
     out = Path(args.out)
-    steps, batch = args.steps or 3000, 48
+    steps, batch = args.steps or 3200, 48
     tokenizer = toy_tokenizer()
     model = lens.build_text_model(lens.SIZES[args.size].text_encoder, seed=args.seed, vocab_size=len(tokenizer), pad_token_id=0,
                                   eos_token_id=tokenizer.eos_token_id).to(args.device).train()
@@ -224,7 +224,7 @@ class Stage:
 
 STAGES = {"nano": {1: Stage((64,), (16,), 30, 1e-3, (64,)), 2: Stage((64, 96), (16, 8), 30, 1e-3, (64, 32))},
           "toy": {1: Stage((64,), (128,), 1600, 1.5e-3, (12_000,)),                              # [ours]
-                  2: Stage((64, 96, 128), (96, 72, 48), 3800, 1.2e-3, (3_000, 14_000, 3_000))},
+                  2: Stage((64, 96, 128), (96, 72, 48), 3400, 1.2e-3, (3_000, 14_000, 3_000))},
           "full": {1: Stage((512,), (24,), 400_000, 2e-4), 2: Stage((512, 768, 1024), (24, 10, 6), 400_000, 1e-4)}}    # [paper]
 CAPTIONS = 2              # kept per scene, each stating other details
 DROPOUT = 0.1             # [ours] share of samples trained without text: the unconditional branch that guidance needs

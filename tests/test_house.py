@@ -96,13 +96,16 @@ def test_ci_runs_the_command_of_the_readme():
 
 
 def test_a_new_user_gets_a_picture_from_the_shipped_toy(tmp_path, capsys):
-    """The README's first command, and its score: far above what a model that ignores the prompt could get."""
-    sample.main(["--prompt", "a red circle to the left of a blue square", "--out", str(tmp_path), "--cache", "", "--dtype", "fp32"])
+    sample.main(["--prompt", "a red circle to the left of a blue square", "--out", str(tmp_path), "--cache", ""])
     assert "pixels" in capsys.readouterr().out and len(list(tmp_path.glob("*.png"))) == 1
-    pipeline = lens.load_pipeline(sample.TOY, dtype=torch.float32)
-    scores, *_ = sample.evaluate(pipeline, 96, 96, 20, 5.0, per_task=8, progress=False)
-    promised = json.loads(lens.read_metadata(sample.TOY)["score"])["overall"]
-    assert scores["overall"] >= promised - 0.2                 # 48 prompts: two standard errors are about 0.14
+
+
+def test_the_shipped_toy_follows_its_prompts():
+    """Its pictures agree with their own prompts clearly more often than with each other's, fact by fact."""
+    rows = [row for task in data.TASKS for row in sample.held_out(task, 6, 96, 96)]
+    pictures = sample.generate([row[2] for row in rows], height=96, width=96, batch_size=36)
+    share = lambda shift: sum(sum(data.check(p, rows[(i + shift) % len(rows)][1])) / len(rows[(i + shift) % len(rows)][1]) for i, p in enumerate(pictures)) / len(rows)
+    assert share(0) >= max(share(7), share(13)) + 0.15
 
 
 def test_round_trip_of_the_shipped_autoencoder():
