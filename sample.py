@@ -195,10 +195,10 @@ def pick_size(height, width, aspect, base):
             raise LensError(f"--aspect: {e}") from None
     if height <= 0 or width <= 0 or height % 16 or width % 16:
         raise LensError(f"size {height} x {width}: both sides must be positive and divisible by 16 (say {max(16, height // 16 * 16)} x {max(16, width // 16 * 16)})")
-    # the tables of the checkpoint hold 768 x 1376, so a ratio named 16:9 may be a little off: half a token of slack
-    if max(height, width) > 2 * min(height, width) + 16:
+    if max(height, width) > 2 * min(height, width):
         raise LensError(f"size {height} x {width}: the ratio must lie between 1:2 and 2:1")
-    if height * width > MAX_AREA * 1.05:
+    # two sizes of the checkpoint's own table, 1040 x 2080 and 1088 x 1936, are a few rows above the limit
+    if height * width > MAX_AREA and (min(height, width), max(height, width)) not in data.PAPER_BUCKETS[1440]:
         raise LensError(f"size {height} x {width}: the area is above 1440 x 1440, the largest that the model was tried at")
     return height, width
 

@@ -186,6 +186,12 @@ def test_eval_ends_with_a_line_of_json(nano, tmp_path, capsys):
     assert scores["overall"] == pytest.approx(sum(scores[t] for t in data.TASKS) / 6, abs=1e-3) and scores["fidelity"] > 0
 
 
+def test_every_size_of_the_checkpoint_is_allowed():
+    for base in data.PAPER_BUCKETS:
+        for ratio in data.RATIOS:
+            assert sample.pick_size(None, None, ratio, base) == data.bucket(base, ratio)
+
+
 def test_held_out_prompts_are_not_trained_on():
     held = {row[2] for row in sample.held_out("position", 50, 96, 96)}
     trained = {data.sample(0, e, i, 96, 96)[2] for e in range(2) for i in range(300)}
@@ -197,7 +203,8 @@ def test_held_out_prompts_are_not_trained_on():
     (["--prompt", "x", "--height", 320, "--width", 64], "1:2"),
     (["--prompt", "x", "--aspect", "3:1"], "1:2"),
     (["--prompt", "x", "--aspect", "wide"], "W:H"),
-    (["--prompt", "x", "--height", 1600, "--width", 1600], "1440"),
+    (["--prompt", "x", "--height", 1456, "--width", 1456], "1440"),
+    (["--prompt", "x", "--height", 48, "--width", 112], "1:2"),
     (["--prompt", "x", "--height", -16, "--width", 96], "positive"),
     (["--prompt", "x", "--size", "huge"], "unknown size"),
     (["--prompt", "x", "--size", "full"], "another size"),
