@@ -581,6 +581,8 @@ def main(argv=None):
     parser.add_argument("--out", default="toy_world.png", metavar="FILE", help="the contact sheet")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.check is not None and args.check < 1:
+        parser.error("--check must be at least 1")
     if args.check:
         passed, rejected, tried = score_checker(args.check, args.seed)
         print(f"true scenes that pass: {passed:.4f} of {args.check}; scenes with one fact changed that are rejected: {rejected:.4f} of {tried}")

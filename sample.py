@@ -31,6 +31,7 @@ from lens import LensError
 
 HERE = Path(__file__).resolve().parent
 TOY = HERE / "weights" / "toy"
+TOY_BASE = 96                              # [ours] the toy's own size: pictures of 96 x 96 where nothing else is said
 MAX_AREA = 1440**2                         # [paper] the largest area it generalises to, untrained
 
 
@@ -116,7 +117,7 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
     device = transformer.proj_out.weight.device
-    base = 96 if transformer.config.in_channels < 128 else 1024                    # what the toy, and the released model, are at home in
+    base = TOY_BASE if transformer.config.in_channels < 128 else 1024              # what the toy, and the released model, are at home in
     height, width = height or base, width or base
     grid = (height // 16, width // 16)                                             # the autoencoder's 8x, then 2 x 2 to a token
     *features, negative_features = features if features is not None else encode(encoder, prompts + [negative])
@@ -242,6 +243,12 @@ def cached_features(folder, prompts, device, dtype, date, cache):
                     print(f"note: prompt features were not cached: {e}", file=sys.stderr)
                     paths = [None] * len(paths)
     return [found.get(i) for i in range(len(prompts))]
+
+
+def check_writable(folder):
+    """LensError where nothing can be written to folder: asked before the work, not found out after it."""
+    lens.replace_file(Path(folder) / ".writable", lambda new: new.write_text(""))
+    (Path(folder) / ".writable").unlink()
 
 
 def contact_sheet(images, columns=None, labels=None):
@@ -412,8 +419,7 @@ def main(argv=None):
             start = Image.open(args.image).convert("RGB")
         except (OSError, ValueError, Image.DecompressionBombError) as e:
             raise LensError(f"cannot read --image {args.image}: {e}") from None
-    lens.replace_file(out / ".writable", lambda new: new.write_text(""))           # before the work, not after it
-    (out / ".writable").unlink()
+    check_writable(out)
 
     def load():                                                                    # the denoiser and the VAE, LoRA merged
         transformer, vae, _ = lens.load_pipeline(folder, device, dtype, parts=("transformer", "vae"))

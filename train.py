@@ -14,7 +14,7 @@ a change to either means training everything after it again. From nothing to a m
 The same command again resumes what DIR holds. DIR is a checkpoint that `sample.py --weights DIR` takes as it is.
 
 Where this departs from the paper [ours]: the toy's pictures are encoded once and kept (drawing and encoding cost as much
-as a training step); each scene is kept with several captions; the learning rate falls to zero over the last third of a
+as a training step); each scene is kept with several captions; the learning rate falls to zero over the last 30% of a
 stage, since a toy run is too short for its average of weights to do that work alone.
 """
 import argparse, json, math, os, shlex, sys, time
@@ -362,18 +362,19 @@ def train_stage(number, args, world, model, ema, optimizer, state, log):
     stage, named = world.stage, dict(model.named_parameters())
     steps = args.steps or stage.steps
     epoch_length = len(world.batches(args.seed, 0))
-    averaged = list(ema.parameters())
+    averaged, home = list(ema.parameters()), data.bucket(sample.TOY_BASE)
     epoch, batches = -1, []
     bar = tqdm(total=steps, initial=state["step"], desc=f"stage {number}", unit="step", mininterval=2)
     while state["step"] < steps:
         step = state["step"]
         if step // epoch_length != epoch:
             epoch = step // epoch_length
-            batches = world.batches(args.seed, 1000 * number + epoch)
+            stream = 1000 * number + epoch                                         # no two stages draw the same noise for a scene
+            batches = world.batches(args.seed, stream)
         size, scenes, captions = batches[step % epoch_length]
         grid = (size[0] // 16, size[1] // 16)
         tokens, text, mask = world.load(size, scenes, captions)
-        noise, t, dropped = noise_and_time(args.seed, 1000 * number + epoch, size, scenes, tokens.shape[1:], training_mu(tokens.shape[1]))
+        noise, t, dropped = noise_and_time(args.seed, stream, size, scenes, tokens.shape[1:], training_mu(tokens.shape[1]))
         mask = mask & ~dropped[:, None]                                            # no visible text is no text at all
         batch = [tokens, text, mask, grid, noise, t]
         batch = [[f.to(args.device) for f in b] if isinstance(b, list) else b.to(args.device) if torch.is_tensor(b) else b for b in batch]
@@ -401,11 +402,11 @@ def train_stage(number, args, world, model, ema, optimizer, state, log):
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {len(scenes) / (time.perf_counter() - begin):.0f} pictures/s")
         last = state["step"] == steps
         if args.preview_every and (state["step"] % args.preview_every == 0 or last):
-            rows = sample.held_out("position", 6, 96, 96) + sample.held_out("counting", 6, 96, 96)
-            pictures = sample.generate([r[2] for r in rows], (ema, args.vae, args.encoder), height=96, width=96)
+            rows = [r for task in ("position", "counting") for r in sample.held_out(task, 6, *home)]
+            pictures = sample.generate([r[2] for r in rows], (ema, args.vae, args.encoder))
             sample.contact_sheet(pictures, 6).save(Path(args.out) / f"preview-{state['total']:06d}.png")
         if args.eval_every and (state["step"] % args.eval_every == 0 or last):
-            scores, *_ = sample.evaluate((ema, args.vae, args.encoder), 96, 96, 20, 5.0, 20, progress=False)
+            scores, *_ = sample.evaluate((ema, args.vae, args.encoder), *home, 20, 5.0, 20, progress=False)
             state["scores"] = scores
             bar.write(f"step {state['total']}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
             row.update(scores)
@@ -422,7 +423,7 @@ def save(args, number, model, ema, optimizer, state, words):
                optimizer=optimizer_tensors(optimizer, named))
     parts = None if has_parts(out) else os.path.relpath(args.parts, out)
     notes = dict(command=shlex.join(["python", "train.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["total"], trained_seconds=round(state["seconds"]),
-                 score=json.dumps(state.get("scores", {})), steps=20, guidance=5.0, base=96, words=json.dumps(words))
+                 score=json.dumps(state.get("scores", {})), steps=20, guidance=5.0, base=sample.TOY_BASE, words=json.dumps(words))
     lens.save_pipeline(out, transformer=ema, metadata=notes, base=parts)
 
 
@@ -503,12 +504,10 @@ def main(argv=None):
         raise LensError("--steps and --save-every must be at least 1")
     args.device = sample.pick_device(args.device)
     out = Path(args.out)
-    lens.replace_file(out / ".writable", lambda new: new.write_text(""))
-    (out / ".writable").unlink()
+    sample.check_writable(out)
     if args.stage == "text":
         return train_text(args)
-    own = has_parts(out)
-    args.parts = args.parts or (str(out) if own else str(sample.TOY))
+    args.parts = args.parts or str(out if has_parts(out) else sample.TOY)
     if args.export:
         return export(args)
     args.stages = (1, 2) if args.stage == "all" else (int(args.stage),)

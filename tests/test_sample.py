@@ -232,11 +232,9 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(arguments, words, nano, tmp
     (tmp_path / "bad.jsonl").write_text("{not json}\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00a red circle")
     lens.write_safetensors(tmp_path / "lora.safetensors", {"elsewhere.lora_A.weight": torch.zeros(2, 2), "elsewhere.lora_B.weight": torch.zeros(2, 2)})
-    bent = {k: v for k, v in lens.load_transformer(nano).state_dict().items()}
-    bent["img_in.weight"] = torch.zeros(3, 3)
+    bent = {**lens.load_transformer(nano).state_dict(), "img_in.weight": torch.zeros(3, 3)}
     lens.write_safetensors(tmp_path / "bent" / "transformer" / "diffusion_pytorch_model.safetensors", bent)
-    for name in ("config.json",):
-        (tmp_path / "bent" / "transformer" / name).write_text((nano / "transformer" / name).read_text())
+    (tmp_path / "bent" / "transformer" / "config.json").write_text((nano / "transformer" / "config.json").read_text())
     (tmp_path / "bent" / "model_index.json").write_text(json.dumps({"base": str(nano)}))
     arguments = [str(a).replace("{tmp}", str(tmp_path)) for a in arguments]
     code, _, err = cli(capsys, *([] if "--weights" in arguments else ["--weights", nano]), "--out", tmp_path / "o", *arguments, "--cache", "")
