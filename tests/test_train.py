@@ -1,5 +1,8 @@
 """train.py: what a step learns from, and that a run that was killed goes on as if nothing had happened."""
+import copy
 import json
+import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -84,6 +87,44 @@ def test_the_loss_is_zero_for_the_true_velocity_and_its_least_value_is_the_mean(
     assert torch.allclose(train.flow_matching_loss(silent, tokens, None, None, (2, 3), noise, t), (noise - tokens).square().mean((1, 2)))
 
 
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():
+    model = lens.build("nano")
+    dead = set(model.unread())
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in dead)
+    adamw, muon = train.make_optimizers(model, train.STAGES["nano"][1])
+    taken = [{id(p) for group in o.param_groups for p in group["params"]} for o in (adamw, muon)]
+    named = {name: id(p) for name, p in model.named_parameters() if p.requires_grad}
+    assert not taken[0] & taken[1] and taken[0] | taken[1] == set(named.values())
+    for name in ("transformer_blocks.0.attn.img_qkv.weight", "transformer_blocks.1.img_mlp.w2.weight"):
+        assert named[name] in taken[1]
+    for name in ("img_in.weight", "proj_out.weight", "transformer_blocks.0.img_mod.1.weight", "transformer_blocks.0.attn.norm_q.weight"):
+        assert named[name] in taken[0]
+    assert len(train.make_optimizers(model, train.STAGES["full"][1])) == 1                      # the paper's AdamW for all
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_compute_what_plain_ones_do():
+    """--compile: one dynamic program must serve every size and text length, values and gradients."""
+    plain = lens.build("nano").train()
+    with torch.no_grad():
+        for p in plain.parameters():                           # an adaLN-zero start would compare zeros
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    fast = copy.deepcopy(plain)
+    for block in fast.transformer_blocks:
+        block.compile(dynamic=True)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    for grid, length in (((4, 6), 5), ((3, 3), 7)):
+        x, t, text = torch.randn(2, grid[0] * grid[1], 16), torch.rand(2), [torch.randn(2, length, 32) for _ in range(2)]
+        mask = torch.arange(length)[None] < torch.tensor([[length], [2]])
+        a, b = (m(x, t, text, mask, grid) for m in (plain, fast))
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5) and a.abs().mean() > 0.01
+        a.square().mean().backward()
+        b.square().mean().backward()
+    for (name, p), q in zip(plain.named_parameters(), fast.parameters()):
+        assert p.grad is None and q.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5), name
+
+
 def test_training_learns_and_resumes_bit_for_bit(parts, tmp_path, monkeypatch, capsys):
     command = ["--size", "nano", "--parts", str(parts), "--steps", "8", "--save-every", "3", "--preview-every", "0", "--device", "cpu"]
     monkeypatch.setattr(train, "faster_precision", lambda *a: (False, "tests compare bits"))
@@ -113,6 +154,43 @@ def test_training_learns_and_resumes_bit_for_bit(parts, tmp_path, monkeypatch, c
     assert {"command", "seed", "steps", "guidance", "words"} <= notes.keys()
     pictures = sample.generate("a red circle", weights=tmp_path / "whole", height=48, width=48, steps=2)       # parts come from --parts, by `base`
     assert pictures[0].size == (48, 48)
+
+
+def test_sigterm_saves_and_ends_well(parts, tmp_path, monkeypatch, capsys):
+    command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--steps", "8", "--preview-every", "0", "--out", str(tmp_path), "--device", "cpu"]
+    step, count = train.flow_matching_loss, [0]
+    monkeypatch.setattr(train, "faster_precision", lambda *a: (False, "tests compare bits"))
+    def notified(*a):
+        count[0] += 1
+        if count[0] == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*a)
+    monkeypatch.setattr(train, "flow_matching_loss", notified)
+    with pytest.raises(SystemExit) as done:
+        train.main(command)
+    assert done.value.code == 0 and "step 5" in capsys.readouterr().out
+    train.main(command)
+    assert "at step 5" in capsys.readouterr().out and [r["step"] for r in rows(tmp_path)] == list(range(1, 9))
+
+
+def test_a_bad_step_is_left_out_and_counted_and_many_end_the_run(parts, tmp_path, monkeypatch):
+    command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--preview-every", "0", "--save-every", "3", "--device", "cpu"]
+    step, count, bad = train.flow_matching_loss, [0], {4: float("nan"), 6: 1e3}
+    monkeypatch.setattr(train, "faster_precision", lambda *a: (False, "tests compare bits"))
+    def sometimes(*a):
+        count[0] += 1
+        return step(*a) * bad.get(count[0], 1.0)
+    monkeypatch.setattr(train, "flow_matching_loss", sometimes)
+    train.main([*command, "--steps", "8", "--out", str(tmp_path / "two")])
+    found = rows(tmp_path / "two")
+    assert [r["step"] for r in found if r["loss"] is None] == [4, 6] and found[-1]["skipped"] == 2
+    assert all(v.isfinite().all() for v in weights(tmp_path / "two").values())
+    assert all(len(r["loss_by_t"]) == 4 for r in found)
+    bad.update({k: float("inf") for k in range(count[0] + 5, count[0] + 99)})
+    with pytest.raises(lens.LensError, match="in a row"):
+        train.main([*command, "--steps", "40", "--out", str(tmp_path / "many")])
+    kept, notes, _ = train.load_state(tmp_path / "many" / "state.safetensors")
+    assert kept == 12 and notes["in_a_row"] < train.PATIENCE and all(v.isfinite().all() for v in weights(tmp_path / "many").values())
 
 
 def test_text_stage_resumes_bit_for_bit(parts, tmp_path):
