@@ -10,6 +10,7 @@ a change to either means training everything after it again. From nothing to a m
     python sample.py --eval --weights runs/toy           #    the six-task table
 
     python train.py                                      # only the denoiser, over the parts shipped in weights/toy
+    torchrun --nproc-per-node 2 train.py --compile       # the same, each batch shared by two processes: one a GPU, or one a core
 
 The same command again resumes what DIR holds. DIR is a checkpoint that `sample.py --weights DIR` takes as it is.
 
@@ -18,10 +19,12 @@ as a training step); each scene is kept with several captions; the learning rate
 stage, since a toy run is too short for its average of weights to do that work alone.
 """
 import argparse, json, math, os, shlex, signal, sys, time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -89,6 +92,18 @@ def on_notice():
     notice = []
     signal.signal(signal.SIGTERM, lambda *_: notice.append(True))
     return notice
+
+
+def join(device):
+    """-> (rank, ranks, device): this process among those of torchrun, each on a GPU of its own; without torchrun (0, 1, device)."""
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():                          # the others wait for rank 0 while it draws the world: hours, at most
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def schedule(step, steps, warmup, decay=0.3):
@@ -370,6 +385,14 @@ def faster_precision(model, batch, device):
     return seconds[True] < seconds[False], f"a step takes {seconds[True]:.2f} s in bf16 and {seconds[False]:.2f} s in fp32"
 
 
+def same_everywhere(value):
+    """Rank 0's value on every rank: two ranks that measure may come to two answers."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
 def make_optimizers(model, stage):
     """AdamW for everything [paper]; where the stage says so, Muon for the blocks' matrices [ours]: it makes each step's change
     of a matrix orthogonal, so that rare directions (a shape's corners) move as fast as common ones (the background). After
@@ -382,14 +405,15 @@ def make_optimizers(model, stage):
     return [adamw] + ([torch.optim.Muon(matrices.values(), lr=stage.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")] if matrices else [])
 
 
-def train_stage(number, args, world, model, ema, optimizers, state, log):
-    """One stage from state["step"] (counted inside the stage) to its last step."""
+def train_stage(number, args, world, model, parallel, ema, optimizers, state, log):
+    """One stage from state["step"] (counted inside the stage) to its last step. parallel: the model, or DDP around it; with
+    more ranks each batch is shared out, so that their number changes neither what is learnt nor the noise it is learnt with."""
     stage, named = world.stage, dict(model.named_parameters())
     steps = args.steps or stage.steps
     epoch_length = len(world.batches(args.seed, 0))
     averaged, home = list(ema.parameters()), data.bucket(sample.TOY_BASE)
     epoch, batches, notice = -1, [], on_notice()
-    bar = tqdm(total=steps, initial=state["step"], desc=f"stage {number}", unit="step", mininterval=2)
+    bar = tqdm(total=steps, initial=state["step"], desc=f"stage {number}", unit="step", mininterval=2, disable=args.rank > 0)
     while state["step"] < steps:
         step = state["step"]
         if step // epoch_length != epoch:
@@ -398,25 +422,34 @@ def train_stage(number, args, world, model, ema, optimizers, state, log):
             batches = world.batches(args.seed, stream)
         size, scenes, captions = batches[step % epoch_length]
         grid = (size[0] // 16, size[1] // 16)
+        count = len(scenes)
+        mine = torch.arange(count)[args.rank::args.ranks]                          # this rank's share of the batch
+        share = len(mine) / count                                                  # 0 where a small batch has none left for it:
+        scenes, captions = (scenes[mine], captions[mine]) if share else (scenes[:1], captions[:1])    # it computes, and counts for nothing
         tokens, text, mask = world.load(size, scenes, captions)
         noise, t, dropped = noise_and_time(args.seed, stream, size, scenes, tokens.shape[1:], training_mu(tokens.shape[1]))
         mask = mask & ~dropped[:, None]                                            # no visible text is no text at all
         batch = [tokens, text, mask, grid, noise, t]
         batch = [[f.to(args.device) for f in b] if isinstance(b, list) else b.to(args.device) if torch.is_tensor(b) else b for b in batch]
         if state["bf16"] is None:
-            state["bf16"], why = faster_precision(model, batch, args.device)
-            print(f"precision: fp32 weights, {'bf16' if state['bf16'] else 'fp32'} compute: {why}")
+            state["bf16"], why = same_everywhere(faster_precision(model, batch, args.device))
+            args.say(f"precision: fp32 weights, {'bf16' if state['bf16'] else 'fp32'} compute: {why}")
         begin = time.perf_counter()
         factor = schedule(step, steps, 100)
         for optimizer, lr in zip(optimizers, (stage.lr, stage.muon_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
-        with torch.autocast(args.device, torch.bfloat16, enabled=state["bf16"]):
-            losses = flow_matching_loss(model, *batch)
-        losses.mean().backward()
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=state["bf16"]):
+            losses = flow_matching_loss(parallel, *batch)
+        (losses.mean() * share * args.ranks).backward()                            # DDP averages over ranks: the mean over the whole batch
         norm = torch.nn.utils.clip_grad_norm_(named.values(), CLIP).item()
-        seen = losses.detach().cpu()                                               # [B], one transfer for all that is told of it
-        loss = seen.mean().item()
+        seen = torch.zeros(3, count, device=args.device)                           # what every rank must know of every sample
+        if share:
+            seen[:, args.rank::args.ranks] = torch.stack([losses.detach(), batch[-1], torch.full_like(losses, len(notice))])
+        if args.ranks > 1:
+            dist.all_reduce(seen)
+        seen, t, stop = seen.cpu()                                                 # [B] each, one transfer
+        loss, stop = seen.mean().item(), bool(stop.any())                          # a notice to one rank stops all at the same step
         # One bad batch must not reach the weights: a NaN there is for ever, and Adam remembers a spike for hundreds of steps.
         good = math.isfinite(loss) and math.isfinite(norm) and loss < SPIKE * (state["usual"] or math.inf)
         for optimizer in optimizers:
@@ -439,23 +472,24 @@ def train_stage(number, args, world, model, ema, optimizers, state, log):
                    size=f"{size[1]}x{size[0]}", skipped=state["skipped"], seconds=round(state["seconds"], 2))
         bar.update()
         if step % 10 == 0:
-            bar.set_postfix_str(f"loss {loss:.3f}, {len(scenes) / (time.perf_counter() - begin):.0f} pictures/s")
+            bar.set_postfix_str(f"loss {loss:.3f}, {count / (time.perf_counter() - begin):.0f} pictures/s")
         last = state["step"] == steps
-        if args.preview_every and (state["step"] % args.preview_every == 0 or last):
+        if args.rank == 0 and args.preview_every and (state["step"] % args.preview_every == 0 or last):
             rows = [r for task in ("position", "counting") for r in sample.held_out(task, 6, *home)]
             pictures = sample.generate([r[2] for r in rows], (ema, args.vae, args.encoder))
             sample.contact_sheet(pictures, 6).save(Path(args.out) / f"preview-{state['total']:06d}.png")
-        if args.eval_every and (state["step"] % args.eval_every == 0 or last):
+        if args.rank == 0 and args.eval_every and (state["step"] % args.eval_every == 0 or last):
             scores, *_ = sample.evaluate((ema, args.vae, args.encoder), *home, 20, 5.0, 20, progress=False)
             state["scores"] = scores
             bar.write(f"step {state['total']}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
             row.update(scores)
-        log(**row)
-        if state["step"] % args.save_every == 0 or last or notice:
+        if args.rank == 0:
+            log(**row)
+        if args.rank == 0 and (state["step"] % args.save_every == 0 or last or stop):
             save(args, number, model, ema, optimizers, state, world.words)
-        if notice:
+        if stop:
             bar.close()
-            print(f"SIGTERM: saved {args.out} at step {state['total']}; the same command goes on from there")
+            args.say(f"SIGTERM: saved {args.out} at step {state['total']}; the same command goes on from there")
             sys.exit(0)
     bar.close()
 
@@ -499,21 +533,26 @@ def train_denoiser(args):
         model.load_state_dict(groups["model"])
         ema.load_state_dict(groups["ema"])
         restore_optimizers(optimizers, named, groups["optimizer"])
-        print(f"resuming {out} at step {state['total']} (stage {first}, step {state['step']})")
+        args.say(f"resuming {out} at step {state['total']} (stage {first}, step {state['step']})")
     if args.compile:
         for block in model.transformer_blocks:             # in place: the weights keep their names
             block.compile(dynamic=True)                    # one program for all sizes and text lengths
-    log = Log(out, state["total"])
-    print(f"{args.size}: {sum(p.numel() for p in model.parameters()):,} parameters on {args.device}; autoencoder and text encoder from {args.parts}")
+    parallel = torch.nn.parallel.DistributedDataParallel(model) if args.ranks > 1 else model
+    log = Log(out, state["total"]) if args.rank == 0 else None
+    args.say(f"{args.size}: {sum(p.numel() for p in model.parameters()):,} parameters on {args.ranks} x {args.device}; autoencoder and text encoder from {args.parts}")
     for number in args.stages:
         if number < first:
             continue
         if number > first:
             state["step"], first = 0, number
         if state["step"] < (args.steps or STAGES[args.size][number].steps):
+            if args.rank > 0:
+                dist.barrier()                             # rank 0 draws the world, the others then read its file
             world = World(STAGES[args.size][number], args.seed, args.vae, args.encoder, out / f"world-{number}.safetensors", args.device)
-            train_stage(number, args, world, model, ema, optimizers, state, log)
-    print(f"done: python sample.py --eval --weights {args.out}")
+            if args.rank == 0 and args.ranks > 1:
+                dist.barrier()
+            train_stage(number, args, world, model, parallel, ema, optimizers, state, log)
+    args.say(f"done: python sample.py --eval --weights {args.out}")
 
 
 def export(args):
@@ -550,7 +589,10 @@ def main(argv=None):
         raise LensError(f"--size {args.size}: training from shards of real pictures is not built yet; the toy world trains --size toy or nano")
     if args.steps is not None and args.steps < 1 or args.save_every < 1:
         raise LensError("--steps and --save-every must be at least 1")
-    args.device = sample.pick_device(args.device)
+    args.rank, args.ranks, args.device = join(sample.pick_device(args.device))
+    args.say = print if args.rank == 0 else lambda *_: None
+    if args.rank > 0 and (args.stage == "text" or args.export):
+        return                                             # small work, for one process
     out = Path(args.out)
     sample.check_writable(out)
     if args.stage == "text":
