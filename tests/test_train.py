@@ -69,17 +69,17 @@ def test_the_kept_world_is_what_the_frozen_models_say(world, parts):
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
-    noise, t, dropped = train.noise_and_time(1, 2, (64, 64), torch.tensor([5, 9, 2]), (16, 4), 1.0)
-    alone = train.noise_and_time(1, 2, (64, 64), torch.tensor([9]), (16, 4), 1.0)
+    noise, t, dropped = train.noise_and_time(1, 2, (64, 64), torch.tensor([5, 9, 2]), (16, 4), (1.0, 1.0))
+    alone = train.noise_and_time(1, 2, (64, 64), torch.tensor([9]), (16, 4), (1.0, 1.0))
     assert torch.equal(noise[1], alone[0][0]) and t[1] == alone[1][0] and dropped[1] == alone[2][0]
-    other = train.noise_and_time(1, 3, (64, 64), torch.tensor([9]), (16, 4), 1.0)
+    other = train.noise_and_time(1, 3, (64, 64), torch.tensor([9]), (16, 4), (1.0, 1.0))
     assert not torch.equal(other[0], alone[0])
 
 
 def test_times_and_dropout_follow_their_distributions():
-    _, t, dropped = train.noise_and_time(0, 0, (64, 64), torch.arange(4000), (1, 1), 1.0)
+    _, t, dropped = train.noise_and_time(0, 0, (64, 64), torch.arange(4000), (1, 1), (1.75, 1.25))
     logit = torch.log(t / (1 - t))
-    assert abs(logit.mean() - 1.0) < 0.06 and abs(logit.std() - 1.0) < 0.06
+    assert abs(logit.mean() - 1.75) < 0.07 and abs(logit.std() - 1.25) < 0.06
     assert abs(dropped.float().mean() - train.DROPOUT) < 0.02
 
 
