@@ -594,7 +594,8 @@ def main(argv=None):
     if args.rank > 0 and (args.stage == "text" or args.export):
         return                                             # small work, for one process
     out = Path(args.out)
-    sample.check_writable(out)
+    if args.rank == 0:                                     # one process: two would remove each other's trial file
+        sample.check_writable(out)
     if args.stage == "text":
         return train_text(args)
     args.parts = args.parts or str(out if has_parts(out) else sample.TOY)
