@@ -16,7 +16,8 @@ The same command again resumes what DIR holds. DIR is a checkpoint that `sample.
 
 Where this departs from the paper [ours]: the toy's pictures are encoded once and kept (drawing and encoding cost as much
 as a training step); each scene is kept with several captions; the learning rate falls to zero over the last 30% of a
-stage, since a toy run is too short for its average of weights to do that work alone.
+stage, since a toy run is too short for its average of weights to do that work alone; the blocks' matrices are trained by
+Muon (`make_optimizers`); times sit nearer t = 1 (`TIMES`).
 """
 import argparse, json, math, os, shlex, signal, sys, time
 from datetime import timedelta
@@ -371,7 +372,7 @@ def flow_matching_loss(model, tokens, text, mask, grid, noise, t):
 
 
 def faster_precision(model, batch, device):
-    """bf16 compute or fp32, by two timed steps of each on a CPU (weights stay fp32 either way). On a GPU always bf16."""
+    """bf16 compute or fp32, by the best of three timed steps of each on a CPU (weights stay fp32 either way). On a GPU always bf16."""
     if device != "cpu":
         return True, "a GPU computes it faster"
     seconds = {}
@@ -423,9 +424,10 @@ def train_stage(number, args, world, model, parallel, ema, optimizers, state, lo
         size, scenes, captions = batches[step % epoch_length]
         grid = (size[0] // 16, size[1] // 16)
         count = len(scenes)
-        mine = torch.arange(count)[args.rank::args.ranks]                          # this rank's share of the batch
-        share = len(mine) / count                                                  # 0 where a small batch has none left for it:
-        scenes, captions = (scenes[mine], captions[mine]) if share else (scenes[:1], captions[:1])    # it computes, and counts for nothing
+        mine = slice(args.rank, None, args.ranks)                                  # this rank's part of the batch
+        share = len(scenes[mine]) / count                                          # 0 where a small batch has none left for it:
+        taken = mine if share else slice(1)                                        # then it computes one that counts for nothing
+        scenes, captions = scenes[taken], captions[taken]
         tokens, text, mask = world.load(size, scenes, captions)
         noise, t, dropped = noise_and_time(args.seed, stream, size, scenes, tokens.shape[1:], stage.times or (lens.timestep_mu(tokens.shape[1]), 1.0))
         mask = mask & ~dropped[:, None]                                            # no visible text is no text at all
@@ -445,7 +447,7 @@ def train_stage(number, args, world, model, parallel, ema, optimizers, state, lo
         norm = torch.nn.utils.clip_grad_norm_(named.values(), CLIP).item()
         seen = torch.zeros(3, count, device=args.device)                           # what every rank must know of every sample
         if share:
-            seen[:, args.rank::args.ranks] = torch.stack([losses.detach(), batch[-1], torch.full_like(losses, len(notice))])
+            seen[:, mine] = torch.stack([losses.detach(), batch[-1], torch.full_like(losses, len(notice))])
         if args.ranks > 1:
             dist.all_reduce(seen)
         seen, t, stop = seen.cpu()                                                 # [B] each, one transfer
@@ -474,19 +476,19 @@ def train_stage(number, args, world, model, parallel, ema, optimizers, state, lo
         if step % 10 == 0:
             bar.set_postfix_str(f"loss {loss:.3f}, {count / (time.perf_counter() - begin):.0f} pictures/s")
         last = state["step"] == steps
-        if args.rank == 0 and args.preview_every and (state["step"] % args.preview_every == 0 or last):
-            rows = [r for task in ("position", "counting") for r in sample.held_out(task, 6, *home)]
-            pictures = sample.generate([r[2] for r in rows], (ema, args.vae, args.encoder))
-            sample.contact_sheet(pictures, 6).save(Path(args.out) / f"preview-{state['total']:06d}.png")
-        if args.rank == 0 and args.eval_every and (state["step"] % args.eval_every == 0 or last):
-            scores, *_ = sample.evaluate((ema, args.vae, args.encoder), *home, 20, 5.0, 20, progress=False)
-            state["scores"] = scores
-            bar.write(f"step {state['total']}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
-            row.update(scores)
         if args.rank == 0:
+            if args.preview_every and (state["step"] % args.preview_every == 0 or last):
+                rows = [r for task in ("position", "counting") for r in sample.held_out(task, 6, *home)]
+                pictures = sample.generate([r[2] for r in rows], (ema, args.vae, args.encoder))
+                sample.contact_sheet(pictures, 6).save(Path(args.out) / f"preview-{state['total']:06d}.png")
+            if args.eval_every and (state["step"] % args.eval_every == 0 or last):
+                scores, *_ = sample.evaluate((ema, args.vae, args.encoder), *home, 20, 5.0, 20, progress=False)
+                state["scores"] = scores
+                bar.write(f"step {state['total']}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
+                row.update(scores)
             log(**row)
-        if args.rank == 0 and (state["step"] % args.save_every == 0 or last or stop):
-            save(args, number, model, ema, optimizers, state, world.words)
+            if state["step"] % args.save_every == 0 or last or stop:
+                save(args, number, model, ema, optimizers, state, world.words)
         if stop:
             bar.close()
             args.say(f"SIGTERM: saved {args.out} at step {state['total']}; the same command goes on from there")
