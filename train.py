@@ -260,9 +260,17 @@ STAGES = {"nano": {1: Stage((64,), (16,), 30, 1e-3, (64,), 3e-3, TIMES), 2: Stag
                   2: Stage((64, 96, 128), (96, 72, 48), 10000, 1.2e-3, (4_000, 28_000, 4_000), 3e-3, TIMES)},
           "full": {1: Stage((512,), (24,), 400_000, 2e-4), 2: Stage((512, 768, 1024), (24, 10, 6), 400_000, 1e-4)}}    # [paper]
 CAPTIONS = 2              # kept per scene, each stating other details
+BRIEF = 0.25              # [ours] share of the captions of "position" scenes that state the relation and nothing else
 DROPOUT = 0.1             # [ours] share of samples trained without text: the unconditional branch that guidance needs
 SPIKE, PATIENCE = 4.0, 10      # [ours] a step whose loss is not finite or over SPIKE times the usual is left out; so many in a row end the run
 CLIP, EMA = 1.0, 0.998    # [paper] gradient norm; [ours] decay of the weights' average, which is what is sampled and saved
+
+
+def captions_of(scene, rng):
+    """CAPTIONS sentences for a scene, each stating other details. Dense, but for some of the scenes made for a relation: a dense
+    caption states the places too, and from these alone "to the left of" was never learnt, since the places already say it."""
+    style = lambda: "brief" if scene.task == "position" and rng.random() < BRIEF else "dense"
+    return [data.caption(scene, data.details_for(scene, rng, style()), rng) for _ in range(CAPTIONS)]
 
 
 class Encoding(torch.utils.data.Dataset):
@@ -282,7 +290,7 @@ class Encoding(torch.utils.data.Dataset):
             rng = np.random.default_rng((self.seed, area, i))
             scene = data.random_scene(rng, height, width)
             pictures.append(data.draw(scene, height, width))
-            captions += [data.caption(scene, data.details_for(scene, rng), rng) for _ in range(CAPTIONS)]
+            captions += captions_of(scene, rng)
         mean, _ = self.vae.encode(sample.from_pil(pictures).to(device))            # the posterior's mean: sharper than a sample
         text = [f.transpose(0, 1).flatten(1).bfloat16().cpu() for f in sample.encode(self.encoder, captions)]      # [S, K * E] each
         words = {w for c in captions for w in c.replace(",", " ").replace(".", " ").split()}
@@ -298,7 +306,7 @@ class World:
 
     def __init__(self, stage, seed, vae, encoder, path, device):
         self.stage, self.layers = stage, len(encoder.layers)
-        key = {"seed": seed, "scenes": stage.scenes, "captions": CAPTIONS, "vae": vae.bn.running_mean.double().sum().item()}
+        key = {"seed": seed, "scenes": stage.scenes, "captions": CAPTIONS, "brief": BRIEF, "vae": vae.bn.running_mean.double().sum().item()}
         saved = load_state(path)
         if saved and json.loads(json.dumps(key)) == saved[1]["key"]:
             _, notes, groups = saved

@@ -60,7 +60,7 @@ def test_the_kept_world_is_what_the_frozen_models_say(world, parts):
     rng = np.random.default_rng((0, 64, 2 + 3 * len(data.BUCKETS[64])))
     scene = data.random_scene(rng, *size)
     picture = data.draw(scene, *size)
-    captions = [data.caption(scene, data.details_for(scene, rng), rng) for _ in range(train.CAPTIONS)]
+    captions = train.captions_of(scene, rng)
     features, _ = encoder.encode([captions[1]])
     with torch.no_grad():
         expected = autoencoder.to_tokens(autoencoder.encode(sample.from_pil([picture]))[0])
