@@ -102,14 +102,18 @@ def encode(encoder, prompts):
 
 
 @torch.no_grad()
-def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=None, width=None, steps=20, guidance=5.0, negative="",
+def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=None, width=None, steps=None, guidance=None, negative="",
              features=None, images=None, strength=1.0, batch_size=16, on_step=None, progress=False):
     """One PIL image a prompt, in order.
 
     pipeline    (transformer, vae, text encoder or None) already loaded; else `weights` is loaded
+    steps, guidance   None: what the weights say of themselves where they are loaded here, else 20 and 5.0
     seeds       one a picture (default: seed, seed + 1, ...); the same seed gives the same picture in any batch
     features    what `encode` returned for prompts + [negative]; then the text encoder is not needed
     images      one PIL image a prompt to start from, noised to `strength` (1: all noise, as if there were none)"""
+    notes = lens.read_metadata(weights) if pipeline is None else {}
+    steps = steps or int(notes.get("steps", 20))
+    guidance = float(notes.get("guidance", 5.0)) if guidance is None else guidance
     if pipeline is None:
         device = pick_device()
         pipeline = lens.load_pipeline(weights, device, pick_dtype(device)[0])
