@@ -9,8 +9,9 @@ a change to either means training everything after it again. From nothing to a m
     python train.py --out runs/toy                       # 3. the denoiser: stage 1 on the small area, stage 2 on all
     python sample.py --eval --weights runs/toy           #    the six-task table
 
-    python train.py                                      # only the denoiser, over the parts shipped in weights/toy
-    torchrun --nproc-per-node 2 train.py --compile       # the same, each batch shared by two processes: one a GPU, or one a core
+    torchrun --nproc-per-node 2 train.py --compile --batch 48,36,24        # only 3, over weights/toy; one process a GPU, or a core
+    python train.py --size full --dry-run                # what the real size would take; then, with shards of `data.py pack`:
+    torchrun --nproc-per-node 8 train.py --size full --stage 2 --data 'shards/*.tar' --parts DIR_OR_REPO --fsdp --recompute selective
 
 The same command again resumes what DIR holds. DIR is a checkpoint that `sample.py --weights DIR` takes as it is.
 
@@ -19,19 +20,26 @@ as a training step); each scene is kept with several captions; the learning rate
 stage, since a toy run is too short for its average of weights to do that work alone; the blocks' matrices are trained by
 Muon (`make_optimizers`); times sit nearer t = 1 (`TIMES`).
 """
-import argparse, json, math, os, shlex, signal, sys, time
+import argparse, contextlib, copy, dataclasses, functools, glob, itertools, json, math, os, shlex, shutil, signal, sys, time, warnings
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 import data
 import lens
 import sample
+import vae as autoencoder
 from lens import LensError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,12 +88,15 @@ def optimizer_tensors(optimizers, named):
     return {f"{name}:{k}": v for o in optimizers for name, p in named.items() if p in o.state for k, v in o.state[p].items() if torch.is_tensor(v)}
 
 
-def restore_optimizers(optimizers, named, tensors):
-    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
-    for key, value in tensors.items():
-        name, k = key.rsplit(":", 1)
-        p = named[name]
-        owner[p].state[p][k] = value.to(p.device) if k != "step" else value
+def make_moments(optimizers):
+    """Lets optimisers make their moments, by a step of length zero: a resume then fills them."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0                                                      # every step sets it anew
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def on_notice():
@@ -116,7 +127,6 @@ def schedule(step, steps, warmup, decay=0.5):
 # Stage "text": a tokenizer and a tiny GPT-OSS, trained as a language model. Its hidden states are the denoiser's text.
 
 SPECIAL = ("<|endoftext|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>")
-REWRITE = "Rewrite the request as a description of one picture."
 # What the real tokenizer's template does with messages, in the one form that the toy needs.
 CHAT_TEMPLATE = """{%- set date = current_date or "DATE" -%}
 HEAD
@@ -135,9 +145,9 @@ def toy_tokenizer(seed=0, scenes=4000):
     make every prompt twice as long."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-    texts = [s for pair in data.GUIDELINES.values() for s in pair] * 40 + [REWRITE, "# Instructions", "system developer user assistant analysis final"] * 40
+    texts = [s for pair in sample.GUIDELINES.values() for s in pair] * 40 + [sample.REWRITE, "# Instructions", "system developer user assistant analysis final"] * 40
     for i in range(scenes):
-        texts += [data.sample(seed, 0, i, 96, 96, style=style)[2] for style in ("dense", "brief", "vague")]
+        texts += [sample.sampled(seed, 0, i, 96, 96, style=style)[2] for style in ("dense", "brief", "vague")]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)      # a word is the same token first and later in a prompt
@@ -154,26 +164,12 @@ def toy_tokenizer(seed=0, scenes=4000):
     return wrapped
 
 
-def rewriting(scene, rng, vague):
-    """One exercise for the reasoner: (instructions, request, the dense caption that follows both)."""
-    asked = data.details_for(scene, rng, "brief")
-    chosen = [d for d in data.GUIDELINES if rng.random() < 0.55]
-    rng.shuffle(chosen)
-    instructions = " ".join([REWRITE] + [data.GUIDELINES[d][rng.integers(2)] for d in chosen])
-    pair = scene.task not in ("single_object", "counting", "colors")
-    details = frozenset(d for d in set(asked) | set(chosen) if d != "relation" or pair)
-    return instructions, data.request(scene, asked, rng, vague), data.caption(scene, details, rng)
-
-
 class Sentences(torch.utils.data.Dataset):
     """A quarter captions as the denoiser will meet them, the rest rewritings: copying a request's words is slower to learn than
     the captions' grammar. A batch is (ids [B, L], labels [B, L] with -100 where no loss counts, mask [B, L])."""
 
-    def __init__(self, tokenizer, seed, steps, batch):
-        self.tokenizer, self.seed, self.steps, self.batch = tokenizer, seed, steps, batch
-
-    def __len__(self):
-        return self.steps
+    def __init__(self, tokenizer, seed, batch):
+        self.tokenizer, self.seed, self.batch = tokenizer, seed, batch
 
     def __getitem__(self, step):
         rows, starts = [], []
@@ -186,7 +182,7 @@ class Sentences(torch.utils.data.Dataset):
             if i % 4 == 0:
                 rest = data.caption(scene, data.details_for(scene, rng), rng) + tail
             else:
-                instructions, request, answer = rewriting(scene, rng, vague=rng.random() < 0.5)
+                instructions, request, answer = sample.rewriting(scene, rng, vague=rng.random() < 0.5)
                 head = head.replace(lens.DESCRIBE, instructions) + request + "<|end|><|start|>assistant"
                 rest = "<|channel|>final<|message|>" + answer + "<|return|>"
             head = encode(head.replace("{date}", date))
@@ -200,22 +196,20 @@ class Sentences(torch.utils.data.Dataset):
 
 def train_text(args):
     """Next-token prediction on captions and rewritings; writes DIR/text_encoder and DIR/tokenizer. About 1M parameters."""
-    out = Path(args.out)
-    steps, batch = args.steps or 3200, 48
-    tokenizer = toy_tokenizer()
+    out, steps, batch, step, tokenizer = Path(args.out), args.steps or 3200, 48, 0, toy_tokenizer()
     model = lens.build_text_model(lens.SIZES[args.size].text_encoder, seed=args.seed, vocab_size=len(tokenizer), pad_token_id=0,
                                   eos_token_id=tokenizer.eos_token_id).to(args.device).train()
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(named.values(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    saved = load_state(out / "text" / "state.safetensors")
-    step = 0
-    if saved:
+    if saved := load_state(out / "text" / "state.safetensors"):
         step, _, groups = saved
         model.load_state_dict(groups["model"])
-        restore_optimizers([optimizer], named, groups["optimizer"])
+        make_moments([optimizer])
+        for name, t in optimizer_tensors([optimizer], named).items():
+            t.copy_(groups["optimizer"][name])
         print(f"resuming at step {step}")
     log = Log(out / "text", step)
-    loader = torch.utils.data.DataLoader(Sentences(tokenizer, args.seed, steps, batch), batch_size=None, sampler=range(step, steps), num_workers=1)
+    loader = torch.utils.data.DataLoader(Sentences(tokenizer, args.seed, batch), batch_size=None, sampler=range(step, steps), num_workers=1)
     bar = tqdm(loader, initial=step, total=steps, desc="text encoder", mininterval=2)
     for ids, labels, mask in bar:
         for group in optimizer.param_groups:
@@ -243,11 +237,12 @@ class Stage:
     """What a stage trains on. areas: bases of the buckets; batch: pictures a device, by area, so that steps of different
     areas cost about the same; scenes: how many the toy world draws, by area (captions per scene: CAPTIONS);
     lr: AdamW's; muon_lr: Muon's, for the matrices of the blocks (None: AdamW has them too);
-    times: mean and standard deviation of logit(t) (None: the paper's, by the number of tokens)."""
+    times: mean and standard deviation of logit(t) (None: the paper's, by the number of tokens);
+    decay: whether the learning rate falls to zero at the end; betas: AdamW's."""
 
-    def __init__(self, areas, batch, steps, lr, scenes=(), muon_lr=None, times=None):
-        self.areas, self.batch, self.steps, self.lr, self.muon_lr = areas, dict(zip(areas, batch)), steps, lr, muon_lr
-        self.scenes, self.times = dict(zip(areas, scenes)), times
+    def __init__(self, areas, batch, steps, lr, scenes=(), muon_lr=None, times=None, decay=True, betas=(0.9, 0.99)):
+        self.areas, self.batch, self.scenes, self.steps = areas, dict(zip(areas, batch)), dict(zip(areas, scenes)), steps
+        self.lr, self.muon_lr, self.times, self.decay, self.betas = lr, muon_lr, times, decay, betas
 
 
 # Where the toy's times sit [ours]. What a picture shows is decided near t = 1, where nothing but the text says it, and the
@@ -259,12 +254,14 @@ TIMES = (1.25, 1.5)
 STAGES = {"nano": {1: Stage((64,), (16,), 30, 1e-3, (64,), 3e-3, TIMES), 2: Stage((64, 96), (16, 8), 30, 1e-3, (64, 32), 3e-3, TIMES)},
           "toy": {1: Stage((64,), (128,), 500, 1.2e-3, (8_000,), 3e-3, TIMES),                        # [ours]
                   2: Stage((64, 96, 128), (96, 72, 48), 12000, 1.2e-3, (4_000, 24_000, 9_000), 3e-3, TIMES)},
-          "full": {1: Stage((512,), (24,), 400_000, 2e-4), 2: Stage((512, 768, 1024), (24, 10, 6), 400_000, 1e-4)}}    # [paper]
+          "full": {1: Stage((512,), (24,), 400_000, 2e-4, decay=False, betas=(0.9, 0.999)),        # [paper]
+                   2: Stage((512, 768, 1024), (24, 10, 6), 400_000, 1e-4, decay=False, betas=(0.9, 0.999))}}
 CAPTIONS = 2              # kept per scene, each stating other details
 BRIEF = 0.25              # [ours] share of the captions of "position" scenes that state the relation and nothing else
 DROPOUT = 0.1             # [ours] share of samples trained without text: the unconditional branch that guidance needs
 SPIKE, PATIENCE = 4.0, 10      # [ours] a step whose loss is not finite or over SPIKE times the usual is left out; so many in a row end the run
-GUIDANCE = 3.0            # [ours] the toy's, written into its weights: 1, 2, 3 and 5 scored 0.75, 0.83, 0.80 and 0.82, and 3 was best on twice as many
+# Where the weights are at home: the toy's [ours] (guidance 1, 2, 3 and 5 scored 0.75, 0.83, 0.80 and 0.82, and 3 was best on twice as many prompts), and [checkpoint].
+HOME = {"nano": (sample.TOY_BASE, 3.0), "toy": (sample.TOY_BASE, 3.0)}
 CLIP, EMA = 1.0, 0.998    # [paper] gradient norm; [ours] decay of the weights' average, which is what is sampled and saved
 
 
@@ -280,9 +277,6 @@ class Encoding(torch.utils.data.Dataset):
 
     def __init__(self, chunks, seed, vae, encoder):
         self.chunks, self.seed, self.vae, self.encoder = chunks, seed, vae, encoder
-
-    def __len__(self):
-        return len(self.chunks)
 
     @torch.no_grad()
     def __getitem__(self, k):
@@ -300,14 +294,15 @@ class Encoding(torch.utils.data.Dataset):
 
 
 class World:
-    """The toy world as the denoiser meets it: every scene drawn, captioned CAPTIONS times and encoded once.
+    """The toy world as the denoiser meets it: every scene drawn, captioned CAPTIONS times and encoded once. Scenes are numbered
+    through, size after size: `buckets[i]` is scene i's size, `first[bucket]` the size's first scene.
 
     tokens[size]   [n, h*w, C] bf16
-    text[size]     [total length, K * E] bf16, the captions' features end to end; caption c of scene i is rows
-                   offsets[size][CAPTIONS * i + c] up to the next offset: nothing is padded in memory."""
+    text[size]     [total length, K * E] bf16, the captions' features end to end; caption c of the size's scene j is rows
+                   offsets[size][CAPTIONS * j + c] up to the next offset: nothing is padded in memory."""
 
     def __init__(self, stage, seed, vae, encoder, path, device):
-        self.stage, self.layers = stage, len(encoder.layers)
+        self.stage, self.layers, self.digest, self.waited = stage, len(encoder.layers), None, 0.0
         key = {"seed": seed, "scenes": stage.scenes, "captions": CAPTIONS, "brief": BRIEF, "vae": vae.bn.running_mean.double().sum().item()}
         saved = load_state(path)
         if saved and json.loads(json.dumps(key)) == saved[1]["key"]:
@@ -320,6 +315,9 @@ class World:
         self.tokens = {parse(k): v for k, v in groups["tokens"].items()}
         self.text = {parse(k): v for k, v in groups["text"].items()}
         self.offsets = {parse(k): F.pad(v.cumsum(0), (1, 0)) for k, v in groups["lengths"].items()}
+        self.sizes = sorted(self.tokens)                                           # a file gives them back in its own order
+        counts = [len(self.tokens[size]) for size in self.sizes]
+        self.buckets, self.first = np.repeat(np.arange(len(counts)), counts), np.cumsum([0, *counts])
 
     def encode(self, seed, vae, encoder, device):
         """Every scene through both frozen models; on a CPU by one process a core, since these models are too small for threads."""
@@ -327,7 +325,7 @@ class World:
         for area, count in self.stage.scenes.items():
             sizes = data.BUCKETS[area]                                             # buckets in turn
             chunks += [(area, sizes[k], range(count)[k::len(sizes)][j:j + 64]) for k in range(len(sizes)) for j in range(0, len(range(count)[k::len(sizes)]), 64)]
-        loader = torch.utils.data.DataLoader(Encoding(chunks, seed, vae, encoder), batch_size=None, num_workers=os.cpu_count() if device == "cpu" else 0)
+        loader = torch.utils.data.DataLoader(Encoding(chunks, seed, vae, encoder), batch_size=None, sampler=range(len(chunks)), num_workers=os.cpu_count() if device == "cpu" else 0)
         groups, words = {"tokens": {}, "text": {}, "lengths": {}}, set()
         bar = tqdm(total=sum(self.stage.scenes.values()), desc="drawing and encoding scenes", unit="scene", mininterval=2)
         for (height, width), tokens, text, lengths, seen in loader:
@@ -338,36 +336,62 @@ class World:
         bar.close()
         return {"words": sorted(words)}, {name: {size: torch.cat(parts) for size, parts in group.items()} for name, group in groups.items()}
 
-    def batches(self, seed, epoch):
-        """An epoch's batches [(size, scene numbers, caption)], a pure function of (seed, epoch): every scene once, one bucket a
-        batch, and captions of like length together, so that little is padded."""
-        g, found = generator(seed, epoch), []
-        for size, tokens in sorted(self.tokens.items()):                           # a file gives them back in its own order
-            area = min(self.stage.areas, key=lambda a: abs(math.log(size[0] * size[1] / a**2)))
-            batch, order = self.stage.batch[area], torch.randperm(len(tokens), generator=g)
-            captions = torch.randint(CAPTIONS, (len(tokens),), generator=g)
-            lengths = self.offsets[size].diff()[CAPTIONS * order + captions[order]]
-            for window in torch.arange(len(order)).split(8 * batch):               # sort inside windows only: order stays random
-                ranked = window[lengths[window].argsort(stable=True)]
-                found += [(size, order[chunk], captions[order[chunk]]) for chunk in ranked.split(batch)]
-        return [found[i] for i in torch.randperm(len(found), generator=g)]
+    def lengths(self, epoch):
+        """Tokens of the caption that each scene shows in this epoch: the captions take turns."""
+        mine = [self.offsets[size].diff().numpy().reshape(-1, CAPTIONS) for size in self.sizes]
+        return np.concatenate([rows[np.arange(len(rows)), (np.arange(len(rows)) + first + epoch) % CAPTIONS] for rows, first in zip(mine, self.first)])
 
-    def load(self, size, scenes, captions):
-        """-> tokens [B, N, C] fp32, text [K x [B, S, E]], mask [B, S]."""
-        rows = CAPTIONS * scenes + captions
-        pieces = [self.text[size][self.offsets[size][r]:self.offsets[size][r + 1]] for r in rows.tolist()]
-        longest = max(map(len, pieces))
-        text = torch.stack([F.pad(p, (0, 0, 0, longest - len(p))) for p in pieces]).float()            # [B, S, K * E]
-        mask = torch.arange(longest)[None] < torch.tensor([len(p) for p in pieces])[:, None]
-        return self.tokens[size][scenes].float(), list(text.chunk(self.layers, -1)), mask
+    def stream(self, batches):
+        """Batches of data.plan -> tokens [B, N, C] fp32, text [K x [B, S, E]], mask [B, S], no faults."""
+        for bucket, samples, epoch in batches:
+            size, j = self.sizes[bucket], samples - self.first[bucket]
+            pieces = [self.text[size][self.offsets[size][r]:self.offsets[size][r + 1]] for r in CAPTIONS * j + (samples + epoch) % CAPTIONS]
+            longest = max(map(len, pieces))
+            text = torch.stack([F.pad(p, (0, 0, 0, longest - len(p))) for p in pieces]).float()        # [B, S, K * E]
+            mask = torch.arange(longest)[None] < torch.tensor([len(p) for p in pieces])[:, None]
+            yield self.tokens[size][torch.from_numpy(j)].float(), list(text.chunk(self.layers, -1)), mask, []
 
 
-def noise_and_time(seed, epoch, size, scenes, shape, times):
-    """One generator a sample, from (seed, epoch, size, scene): noise [B, N, C], t [B] logit-normal, dropped [B] bool.
+class Pictures:
+    """Tar shards as the denoiser meets them: decoded by workers while the last batch trains, encoded here by the frozen models."""
+
+    def __init__(self, args, areas):
+        vae_hash = data.file_hash(lens.weight_files(Path(lens.fetch(args.parts, ("vae",))) / "vae")[0])
+        try:
+            self.shards = data.Shards(args.data, [size for area in areas for size in ((area, area),) * (len(areas) == 1) or data.buckets(area)], args.seed, vae_hash)
+        except ValueError as e:
+            raise LensError(str(e)) from None
+        self.sizes, self.buckets, self.digest, self.words = self.shards.sizes, self.shards.buckets, self.shards.digest, []
+        self.vae, self.encoder, self.device, self.workers, self.waited = args.vae, args.encoder, args.device, args.workers, 0.0
+        args.say(f"{len(self.buckets):,} samples in {len(self.shards.paths)} shards; left out: {dict(+self.shards.faults) or 'nothing'}")
+
+    def lengths(self, epoch):
+        return self.shards.lengths
+
+    @torch.no_grad()
+    def stream(self, batches):
+        loader = iter(torch.utils.data.DataLoader(self.shards, batch_size=None, sampler=batches, num_workers=self.workers, pin_memory=self.device != "cpu"))
+        for bucket, samples, _ in batches:
+            begin = time.perf_counter()
+            try:
+                pictures, captions, faults = next(loader)
+            except ValueError as e:                                                # a worker's comes with its whole traceback
+                raise LensError(str(e).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
+            self.waited = time.perf_counter() - begin                              # what the workers were late by
+            if pictures.ndim == 2:                                                 # `data.py cache` has been here
+                tokens = pictures.view(torch.bfloat16).view(len(samples), -1, 4 * self.vae.config["latent_channels"]).to(self.device)
+            else:
+                tokens = self.vae.to_tokens(self.vae.encode(autoencoder.to_images(pictures, self.device))[0])
+            text, mask = self.encoder.encode(captions)                             # no mask: all of one length
+            yield tokens.float(), [layer.float() for layer in text], torch.ones(text[0].shape[:2]).bool() if mask is None else mask, faults
+
+
+def noise_and_time(seed, epoch, samples, shape, times):
+    """One generator a sample, from (seed, epoch, sample): noise [B, N, C], t [B] logit-normal, dropped [B] bool.
     times: mean and standard deviation of logit(t)."""
     noise, t, dropped = [], [], []
-    for i in scenes.tolist():
-        g = generator(seed, epoch, *size, i)
+    for i in samples:
+        g = generator(seed, epoch, i)
         noise.append(torch.randn(shape, generator=g))
         t.append(torch.sigmoid(times[0] + times[1] * torch.randn((), generator=g)))            # logit-normal [paper]
         dropped.append(torch.rand((), generator=g) < DROPOUT)
@@ -379,21 +403,6 @@ def flow_matching_loss(model, tokens, text, mask, grid, noise, t):
     x_t = lens.add_noise(tokens, noise, t)                                         # [B, N, C]
     v = model(x_t, t, text, mask, grid).float()                                    # [B, N, C]
     return (v - lens.velocity(tokens, noise)).square().mean((1, 2))
-
-
-def faster_precision(model, batch, device):
-    """bf16 compute or fp32, by the best of three timed steps of each on a CPU (weights stay fp32 either way). On a GPU always bf16."""
-    if device != "cpu":
-        return True, "a GPU computes it faster"
-    seconds = {}
-    for use in (False, True):
-        for _ in range(3):
-            begin = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=use):
-                flow_matching_loss(model, *batch).mean().backward()
-            seconds[use] = min(seconds.get(use, 9e9), time.perf_counter() - begin)
-    model.zero_grad()
-    return seconds[True] < seconds[False], f"a step takes {seconds[True]:.2f} s in bf16 and {seconds[False]:.2f} s in fp32"
 
 
 def same_everywhere(value):
@@ -410,166 +419,319 @@ def make_optimizers(model, stage):
     150 seconds on two cores the held-out loss of the toy was 0.515 with it and 0.565 without, a step costing 13% more.
     Weight decay off: with norms on q, k and every input it acts on little but the scale of a short run."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in named.items() if stage.muon_lr and p.ndim == 2 and "transformer_blocks" in name and "_mod." not in name}
-    adamw = torch.optim.AdamW([p for name, p in named.items() if name not in matrices], lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    matrices = {name: p for name, p in named.items() if stage.muon_lr and p.ndim == 2 and "transformer_blocks" in name and "_mod." not in name and "lora_" not in name}
+    adamw = torch.optim.AdamW([p for name, p in named.items() if name not in matrices], lr=stage.lr, betas=stage.betas, weight_decay=0.0, fused=True)
     # match_rms_adamw: its steps are scaled to be as long as AdamW's would be, so the two rates are of one kind
     return [adamw] + ([torch.optim.Muon(matrices.values(), lr=stage.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")] if matrices else [])
 
 
-def train_stage(number, args, world, model, parallel, ema, optimizers, state, log):
-    """One stage from state["step"] (counted inside the stage) to its last step. parallel: the model, or DDP around it; with
-    more ranks each batch is shared out, so that their number changes neither what is learnt nor the noise it is learnt with."""
-    stage, named = world.stage, dict(model.named_parameters())
-    steps = args.steps or stage.steps
-    epoch_length = len(world.batches(args.seed, 0))
-    averaged, home = list(ema.parameters()), data.bucket(sample.TOY_BASE)
-    epoch, batches, notice = -1, [], on_notice()
+def set_recompute(model, how):
+    """Which activations of the blocks are kept for the backward pass. none: all; full: only the blocks' inputs, and each block is
+    run again; selective: what matrix products and attention gave, and the cheap rest is run again."""
+    heavy = ("aten.mm", "aten.addmm", "aten.bmm", "aten._scaled_dot_product")
+    policy = lambda _, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE if str(op).startswith(heavy) else CheckpointPolicy.PREFER_RECOMPUTE
+    extra = {"context_fn": lambda: create_selective_checkpoint_contexts(policy)} if how == "selective" else {}
+    for block in model.transformer_blocks if how != "none" else ():
+        plain = block.forward
+        block.forward = lambda *args, plain=plain: (checkpoint(plain, *args, use_reentrant=False, **extra) if torch.is_grad_enabled() else plain(*args))
+
+
+@functools.cache
+def flops(model, tokens, length):
+    """FLOPs of one training step for one picture, forward and backward: 6 for each weight and token that meets it, 12 W N^2 for
+    each block's attention. Recomputation is not counted: it is not work that trains."""
+    meets = lambda name: 1 if any(k in name for k in ("_mod.", "time", "norm_out")) else length if "txt" in name or "add" in name else tokens
+    dead = set(model.unread())
+    weights = sum(p.numel() * meets(name) for name, p in model.named_parameters() if p.ndim == 2 and name not in dead)
+    return 6 * weights + 12 * model.config.num_layers * model.config.inner_dim * (tokens + length) ** 2
+
+
+def matmul_peak(device, dtype):
+    """FLOP/s of a large matrix product here: what 100% of the machine means in this project."""
+    n = 8192 if device != "cpu" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    clock = [((a @ a)[0, 0].item(), time.perf_counter())[1] for _ in range(6)]     # .item() waits for the product
+    return 2 * n**3 / min(after - before for before, after in zip(clock, clock[1:]))
+
+
+local = lambda t: t.to_local() if hasattr(t, "to_local") else t                    # this rank's part of what FSDP has sharded
+whole = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t              # all of it; every rank must ask
+
+
+def train_step(args, source, model, parallel, rows, total, stream, stage, state):
+    """Gradients of one optimiser step, from this rank's device batches `rows` [(batch, weight)] of its `total` pictures, and
+    its losses over all ranks: (loss, mean loss by quarter of t [4], stop, this rank's FLOPs). A weight of 0: there was no batch
+    left for this rank, it runs along for its peers."""
+    work, sums = 0, torch.zeros(11, device=args.device)                            # losses, then by quarter of t: losses, counts; notices; faults
+    for k, ((bucket, samples, epoch), weight) in enumerate(rows):
+        height, width = source.sizes[bucket]
+        tokens, text, mask, faults = next(stream)
+        noise, t, dropped = noise_and_time(args.seed, epoch, samples, tokens.shape[1:], stage.times or (lens.timestep_mu(tokens.shape[1]), 1.0))
+        move = lambda x: x.to(args.device, non_blocking=True)
+        tokens, text, noise, t = move(tokens), [move(layer) for layer in text], move(noise), move(t)
+        mask = move(mask) & ~move(dropped)[:, None]                                # no visible text is no text at all
+        last = k == len(rows) - 1                                                  # ranks exchange gradients once a step
+        if args.fsdp:
+            parallel.set_requires_gradient_sync(last)
+        elif args.ranks > 1:
+            parallel.require_backward_grad_sync = last
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=state["bf16"]):
+            losses = flow_matching_loss(parallel, tokens, text, mask, (height // 16, width // 16), noise, t)
+        (losses.sum() * (weight * args.ranks / total)).backward()                  # DDP and FSDP average over ranks: the mean of the whole step
+        work += weight * len(samples) * flops(model, tokens.shape[1], text[0].shape[1])
+        quarter = (4 * t).long().clamp(max=3)
+        sums[0] += weight * losses.detach().sum()
+        sums[1:5].index_add_(0, quarter, weight * losses.detach())
+        sums[5:9].index_add_(0, quarter, weight * torch.ones_like(losses))
+        sums[10] += weight * len(faults)
+        print("".join(f"replaced by the next of its bucket: {fault}\n" for fault in faults if weight), end="", file=sys.stderr)
+    sums[9] += len(args.notice)
+    if args.ranks > 1:
+        dist.all_reduce(sums)
+    sums = sums.tolist()                                                           # the step's only wait for the device
+    state["replaced"] += round(sums[10])
+    return sums[0] / total, [s / n if n else None for s, n in zip(sums[1:5], sums[5:9])], sums[9] > 0, work        # a notice to one rank stops all at one step
+
+
+def train_stage(number, args, source, model, parallel, ema, optimizers, state, log):
+    """One stage from state["step"] (counted inside the stage) to its last step. A step takes `group` device batches of the
+    epoch's plan, whoever computes them: with equal group, the number of ranks changes neither what is learnt nor its noise."""
+    stage, named, group = args.table[number], dict(model.named_parameters()), args.ranks * args.accumulate
+    steps, home, peak = args.steps or stage.steps, data.bucket(args.base), matmul_peak(args.device, torch.bfloat16 if state["bf16"] else torch.float32)
+    trained, averaged = [local(p) for p in named.values() if p.requires_grad], [local(q) for q, p in zip(ema.parameters(), named.values()) if p.requires_grad]
+    areas = np.array([min(stage.batch, key=lambda a: abs(math.log(h * w / a**2))) for h, w in source.sizes])
+    batch, pixels = {b: stage.batch[a] for b, a in enumerate(areas)}, [h * w for h, w in source.sizes]
+    plan = lambda epoch: data.plan(source.buckets, source.lengths(epoch), batch, args.seed, epoch)
+    epoch_length = -(-len(plan(0)) // group)
+    if state.setdefault("data", source.digest) != source.digest:
+        raise LensError(f"--data: these shards are not those that the run in {args.out} began with; give another --out, or the same shards")
+    args.say(f"an epoch is {epoch_length} steps of {group} device batches; {sum(len(s) < batch[b] for b, s, _ in plan(0))} batches are smaller: what was left over in their buckets")
     bar = tqdm(total=steps, initial=state["step"], desc=f"stage {number}", unit="step", mininterval=2, disable=args.rank > 0)
     while state["step"] < steps:
-        step = state["step"]
-        if step // epoch_length != epoch:
-            epoch = step // epoch_length
-            stream = 1000 * number + epoch                                         # no two stages draw the same noise for a scene
-            batches = world.batches(args.seed, stream)
-        size, scenes, captions = batches[step % epoch_length]
-        grid = (size[0] // 16, size[1] // 16)
-        count = len(scenes)
-        mine = slice(args.rank, None, args.ranks)                                  # this rank's part of the batch
-        share = len(scenes[mine]) / count                                          # 0 where a small batch has none left for it:
-        taken = mine if share else slice(1)                                        # then it computes one that counts for nothing
-        scenes, captions = scenes[taken], captions[taken]
-        tokens, text, mask = world.load(size, scenes, captions)
-        noise, t, dropped = noise_and_time(args.seed, stream, size, scenes, tokens.shape[1:], stage.times or (lens.timestep_mu(tokens.shape[1]), 1.0))
-        mask = mask & ~dropped[:, None]                                            # no visible text is no text at all
-        batch = [tokens, text, mask, grid, noise, t]
-        batch = [[f.to(args.device) for f in b] if isinstance(b, list) else b.to(args.device) if torch.is_tensor(b) else b for b in batch]
-        if state["bf16"] is None:
-            state["bf16"], why = same_everywhere(faster_precision(model, batch, args.device))
-            args.say(f"precision: fp32 weights, {'bf16' if state['bf16'] else 'fp32'} compute: {why}")
-        begin = time.perf_counter()
-        factor = schedule(step, steps, 100)
-        for optimizer, lr in zip(optimizers, (stage.lr, stage.muon_lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * factor
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=state["bf16"]):
-            losses = flow_matching_loss(parallel, *batch)
-        (losses.mean() * share * args.ranks).backward()                            # DDP averages over ranks: the mean over the whole batch
-        norm = torch.nn.utils.clip_grad_norm_(named.values(), CLIP).item()
-        seen = torch.zeros(3, count, device=args.device)                           # what every rank must know of every sample
-        if share:
-            seen[:, mine] = torch.stack([losses.detach(), batch[-1], torch.full_like(losses, len(notice))])
-        if args.ranks > 1:
-            dist.all_reduce(seen)
-        seen, t, stop = seen.cpu()                                                 # [B] each, one transfer
-        loss, stop = seen.mean().item(), bool(stop.any())                          # a notice to one rank stops all at the same step
-        # One bad batch must not reach the weights: a NaN there is for ever, and Adam remembers a spike for hundreds of steps.
-        good = math.isfinite(loss) and math.isfinite(norm) and loss < SPIKE * (state["usual"] or math.inf)
-        for optimizer in optimizers:
+        epoch, done = divmod(state["step"], epoch_length)
+        found = plan(1000 * number + epoch)                                        # no two stages draw the same noise for a sample
+        # A step's batches in order of cost, dealt in turn: what the ranks compute at one moment takes them equally long.
+        found = [sorted(found[k:k + group], key=lambda b: -pixels[b[0]] * len(b[1])) for k in range(0, len(found), group)][done:done + steps - state["step"]]
+        deal = lambda step: [(step[k], 1) if k < len(step) else (step[0], 0) for k in range(args.rank, -(-len(step) // args.ranks) * args.ranks, args.ranks)]
+        stream = source.stream([b for step in found for b, _ in deal(step)])
+        for step in found:
+            begin, total = time.perf_counter(), sum(len(samples) for _, samples, _ in step)
+            factor = schedule(state["step"], steps, 100) if stage.decay else min(1.0, (state["step"] + 1) / 1000)
+            for optimizer, lr in zip(optimizers, (stage.lr, stage.muon_lr)):
+                for of in optimizer.param_groups:
+                    of["lr"] = lr * factor
+            loss, by_t, stop, work = train_step(args, source, model, parallel, deal(step), total, stream, stage, state)
+            norm = whole(torch.nn.utils.clip_grad_norm_([p for p in named.values() if p.requires_grad], CLIP)).item()
+            # One bad batch must not reach the weights: a NaN there is for ever, and Adam remembers a spike for hundreds of steps.
+            good = math.isfinite(loss) and math.isfinite(norm) and loss < SPIKE * (state["usual"] or math.inf)
+            for optimizer in optimizers:
+                optimizer.step() if good else None
+                optimizer.zero_grad()
+            state["step"], state["total"], state["seen"] = state["step"] + 1, state["total"] + 1, state["seen"] + total
+            state["in_a_row"], state["skipped"] = 0 if good else state["in_a_row"] + 1, state["skipped"] + (not good)
             if good:
-                optimizer.step()
-            optimizer.zero_grad()
-        state["step"], state["total"] = step + 1, state["total"] + 1
-        state["in_a_row"], state["skipped"] = 0 if good else state["in_a_row"] + 1, state["skipped"] + (not good)
-        if good:
-            state["usual"] = loss + 0.98 * ((state["usual"] or loss) - loss)
-        elif state["in_a_row"] == PATIENCE:
-            raise LensError(f"{PATIENCE} steps in a row had a loss that was not finite or over {SPIKE:g} times the usual, {loss:.3g} at the last (step {state['total']}): "
-                            f"none of them touched the weights; the last checkpoint in {args.out} is whole. Try a lower learning rate")
-        with torch.no_grad():                                                      # a young average forgets its random start quickly
-            torch._foreach_lerp_(averaged, list(named.values()), 1 - min(EMA, (1 + state["total"]) / (10 + state["total"])))
-        state["seconds"] += time.perf_counter() - begin
-        bins = [seen[(t >= k / 4) & (t < (k + 1) / 4)].mean().item() for k in range(4)]                # where in t the model is weak
-        row = dict(step=state["total"], stage=number, loss=loss if good else None, grad_norm=norm if good else None, lr=stage.lr * factor,
-                   loss_by_t=[round(b, 4) if math.isfinite(b) else None for b in bins],
-                   size=f"{size[1]}x{size[0]}", skipped=state["skipped"], seconds=round(state["seconds"], 2))
-        bar.update()
-        if step % 10 == 0:
-            bar.set_postfix_str(f"loss {loss:.3f}, {count / (time.perf_counter() - begin):.0f} pictures/s")
-        last = state["step"] == steps
-        if args.rank == 0:
-            if args.preview_every and (state["step"] % args.preview_every == 0 or last):
-                rows = [r for task in ("position", "counting") for r in sample.held_out(task, 6, *home)]
-                pictures = sample.generate([r[2] for r in rows], (ema, args.vae, args.encoder))
-                sample.contact_sheet(pictures, 6).save(Path(args.out) / f"preview-{state['total']:06d}.png")
-            if args.eval_every and (state["step"] % args.eval_every == 0 or last):
-                scores, *_ = sample.evaluate((ema, args.vae, args.encoder), *home, 20, GUIDANCE, 20, progress=False)
-                state["scores"] = scores
-                bar.write(f"step {state['total']}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
-                row.update(scores)
-            log(**row)
-            if state["step"] % args.save_every == 0 or last or stop:
-                save(args, number, model, ema, optimizers, state, world.words)
-        if stop:
-            bar.close()
-            args.say(f"SIGTERM: saved {args.out} at step {state['total']}; the same command goes on from there")
-            sys.exit(0)
+                state["usual"] = loss + 0.98 * ((state["usual"] or loss) - loss)
+            elif state["in_a_row"] == PATIENCE:
+                raise LensError(f"{PATIENCE} steps in a row had a loss that was not finite or over {SPIKE:g} times the usual, {loss:.3g} at the last (step {state['total']}): "
+                                f"none of them touched the weights; the last checkpoint in {args.out} is whole. Try a lower learning rate")
+            if state["replaced"] > 100 + 0.01 * state["seen"]:
+                raise LensError(f"{state['replaced']} of {state['seen']} samples could not be read: more than one in a hundred; look at the shards (data.py stats)")
+            with torch.no_grad():                                                  # a young average forgets its random start quickly
+                torch._foreach_lerp_(averaged, trained, 1 - min(EMA, (1 + state["total"]) / (10 + state["total"])))
+            seconds = time.perf_counter() - begin
+            state["seconds"] += seconds
+            row = dict(step=state["total"], stage=number, loss=loss if good else None, grad_norm=norm if good else None, lr=stage.lr * factor,
+                       loss_by_t=[round(b, 4) if b and math.isfinite(b) else None for b in by_t], size="+".join(sorted({"{1}x{0}".format(*source.sizes[b]) for b, *_ in step})),
+                       skipped=state["skipped"], replaced=state["replaced"], pictures_per_s=round(total / seconds, 1), tflops=round(work / seconds / 1e12, 3),
+                       peak_share=round(work / seconds / peak, 3), wait_s=round(source.waited, 4), seconds=round(state["seconds"], 2),
+                       memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if args.device != "cpu" else None)
+            bar.update()
+            if state["step"] % 10 == 0:
+                bar.set_postfix_str(f"loss {loss:.3f}, {total / seconds:.0f} pictures/s, {row['peak_share']:.0%} of peak")
+            report(number, args, model, ema, optimizers, state, source, log, row, state["step"] == steps, stop, bar, home)
     bar.close()
 
 
+def report(number, args, model, ema, optimizers, state, source, log, row, last, stop, bar, home):
+    """What happens beside a step: previews, evaluation, the log, checkpoints, and the end that SIGTERM asks for."""
+    due = lambda every: every and (state["step"] % every == 0 or last)
+    if due(args.preview_every) or due(args.eval_every):
+        shown = averaged_model(args, ema)
+    if due(args.preview_every) and args.rank == 0:
+        prompts = [prompt for task in ("position", "counting") for *_, prompt in sample.held_out(task, 6, *home)]
+        pictures = sample.generate(prompts, (shown, args.vae, args.encoder), height=home[0], width=home[1], guidance=args.guidance)
+        sample.contact_sheet(pictures, 6).save(Path(args.out) / f"preview-{state['total']:06d}.png")
+    if due(args.eval_every) and args.rank == 0:
+        scores, *_ = sample.evaluate((shown, args.vae, args.encoder), *home, 20, args.guidance, 20, progress=False)
+        state["scores"] = scores
+        bar.write(f"step {state['total']}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
+        row.update(scores)
+    log(**row) if log else None
+    if due(args.save_every) or stop:
+        save(args, number, model, ema, optimizers, state, source.words)
+    if stop:
+        bar.close()
+        args.say(f"SIGTERM: saved {args.out} at step {state['total']}; the same command goes on from there")
+        sys.exit(0)
+
+
+def averaged_model(args, ema):
+    """The average as a plain model that can sample: itself, or under FSDP gathered on rank 0's device (None on the others)."""
+    if not args.fsdp:
+        return ema
+    state = {name: full.cpu() for name, t in ema.state_dict().items() for full in [whole(t.detach())] if args.rank == 0}
+    with torch.device("meta"):
+        model = lens.LensTransformer(ema.config)
+    return model.load_state_dict(state, assign=True) and model.to(args.device) if state else None
+
+
+def resumable(model, ema, optimizers):
+    """{name: tensor} of all that a resume needs: weights, their average, the optimisers' moments. Each rank names its own parts."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    averaged = {name: p for name, p in ema.named_parameters() if name in trained}
+    return {f"{group}.{name}": t.detach() for group, named in (("model", trained), ("ema", averaged), ("optimizer", optimizer_tensors(optimizers, trained))) for name, t in named.items()}
+
+
+@contextlib.contextmanager
+def checkpointing(what):
+    """lens.told around torch.distributed.checkpoint: its error is no Exception, and it warns that one process is one process."""
+    with lens.told(what), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except CheckpointException as e:
+            raise OSError(*(str(failure) for failure, _ in list(e.failures.values())[:1])) from None
+
+
+def checkpoints(out):
+    """Finished resume states of a folder, oldest first."""
+    return sorted((path for path in Path(out).glob("state-*") if path.name[6:].isdigit()), key=lambda path: int(path.name[6:]))
+
+
 def save(args, number, model, ema, optimizers, state, words):
-    """The resume state in one file, and the averaged weights in the released layout, which sample.py takes as it is."""
-    out, named = Path(args.out), dict(model.named_parameters())
-    save_state(out / "state.safetensors", state["total"], {**state, "stage": number}, model=model.state_dict(), ema=ema.state_dict(),
-               optimizer=optimizer_tensors(optimizers, named))
-    parts = None if has_parts(out) else os.path.relpath(args.parts, out)
-    notes = dict(command=shlex.join(["python", "train.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["total"], trained_seconds=round(state["seconds"]),
-                 score=json.dumps(state.get("scores", {})), steps=20, guidance=GUIDANCE, base=sample.TOY_BASE, words=json.dumps(words))
-    lens.save_pipeline(out, transformer=ema, metadata=notes, base=parts)
+    """The resume state, one folder written by all ranks (torch.distributed.checkpoint, safetensors inside), and the averaged weights
+    in the released layout, which sample.py takes as it is. The folder gets its name when all of it is there, and only then does the one before it go."""
+    out, name = Path(args.out), Path(args.out) / f"state-{state['total']:08d}"
+    shutil.rmtree(f"{name}.new", ignore_errors=True) if args.rank == 0 else None
+    with checkpointing(f"cannot write {name}"):
+        dcp.save(resumable(model, ema, optimizers), storage_writer=dcp.HuggingFaceStorageWriter(f"{name}.new", save_distributed=True))
+        if args.rank == 0:
+            (Path(f"{name}.new") / "notes.json").write_text(json.dumps({**state, "stage": number}))
+            os.replace(f"{name}.new", name)
+            for old in checkpoints(out)[:-1]:
+                shutil.rmtree(old)
+    averaged = averaged_model(args, ema)
+    if args.rank == 0:
+        notes = dict(command=shlex.join(["python", "train.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["total"], trained_seconds=round(state["seconds"]),
+                     score=json.dumps(state.get("scores", {})), steps=20, guidance=args.guidance, base=args.base, words=json.dumps(words))
+        if args.lora:
+            return lens.save_lora(averaged, out, metadata=notes)
+        lens.save_pipeline(out, transformer=averaged, metadata=notes, base=None if has_parts(out) else os.path.relpath(args.parts, out))
 
 
-def has_parts(folder):
-    return all((Path(folder) / part / "config.json").exists() for part in ("vae", "text_encoder"))
+def resume(args, model, ema, optimizers, state):
+    """Loads the newest state of --out into what is here, whatever number of ranks saved it; -> its stage, or None."""
+    if not (found := checkpoints(args.out)):
+        return None
+    state.update(json.loads((found[-1] / "notes.json").read_text()))
+    make_moments(optimizers)
+    with checkpointing(f"cannot read {found[-1]}"):                                # fills these tensors in place
+        dcp.load(resumable(model, ema, optimizers), storage_reader=dcp.HuggingFaceStorageReader(str(found[-1])))
+    args.say(f"resuming {args.out} at step {state['total']} (stage {state['stage']}, step {state['step']})")
+    return state.pop("stage")
+
+
+has_parts = lambda folder: all((Path(folder) / part / "config.json").exists() for part in ("vae", "text_encoder"))
+
+
+def dry_run(args):
+    """What each setting would cost, counted on the meta device: no weight is made. Memory is the sum of what must be there at once."""
+    stage, gib = args.table[args.stages[-1]], 2**30
+    with torch.device("meta"):
+        model = lens.LensTransformer(lens.SIZES[args.size].transformer)
+    dead, total = set(model.unread()), sum(p.numel() for p in model.parameters())
+    learnt = sum(p.numel() for n, p in model.named_parameters() if n not in dead)
+    fixed = {"weights": 4 * total, "average": 4 * total, "gradients": 4 * learnt, "moments": 8 * learnt}       # all of them fp32
+    print(f"{args.size}: {total:,} parameters, {learnt:,} of them learn; in GiB: " + ", ".join(f"{k} {v / gib:.2f}" for k, v in fixed.items()))
+    print(f"{'pictures':>16} {'recompute':>10} {'activations GiB':>16} {'one GPU':>9} {'FSDP on 8':>10} {'TFLOP a step':>13}")
+    for (area, count), how in itertools.product(stage.batch.items(), ("none", "selective", "full")):
+        kept, static, work = activations(model.config, how, count, (area // 16, area // 16), 128) / gib, sum(fixed.values()) / gib, flops(model, (area // 16) ** 2, 128)
+        print(f"{count:4} of {area:4} x {area:<4}{how:>10} {kept:16.2f} {kept + static:9.2f} {kept + static / 8:10.2f} {count * work / 1e12:13.2f}")
+
+
+def activations(config, how, count, grid, length):
+    """Bytes that a device batch leaves in memory between its forward and its backward pass, bf16 copies of weights included: PyTorch's
+    own tracker over tensors without storage. Blocks are alike, so two and three of them tell what all of them keep."""
+    kept = []
+    for blocks in (2, 3):
+        lens.rope_table.cache_clear()                                              # a table without storage must not outlive its mode
+        with FakeTensorMode(), MemTracker() as tracker:
+            model = lens.LensTransformer(dataclasses.replace(config, num_layers=blocks)).train()
+            set_recompute(model, how)
+            tracker.track_external(model)
+            tokens, text = torch.empty(count, grid[0] * grid[1], config.in_channels), [torch.empty(count, length, config.enc_hidden_dim) for _ in config.selected_layer_index]
+            mask = torch.ones(count, length, dtype=torch.bool)
+            before = tracker.get_tracker_snapshot()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = flow_matching_loss(model, tokens, text, mask, grid, tokens, torch.empty(count)).mean()
+            total = lambda snapshot: sum(sizes["Total"] for sizes in snapshot.values())
+            kept.append(total(tracker.get_tracker_snapshot()) - total(before))
+    lens.rope_table.cache_clear()
+    return kept[0] + (config.num_layers - 2) * (kept[1] - kept[0])
 
 
 def train_denoiser(args):
-    out = Path(args.out)
-    _, args.vae, args.encoder = lens.load_pipeline(args.parts, args.device, torch.float32, parts=("vae", "text_encoder"))
-    fresh = lambda: lens.load_transformer(args.init, args.device, torch.float32) if args.init else lens.build(args.size, args.seed).to(args.device)
-    model, ema = fresh().train(), fresh().requires_grad_(False)
-    if model.config != lens.SIZES[args.size].transformer:
-        raise LensError(f"--init {args.init}: its weights are not of size {args.size}")
-    args.encoder.layers = model.config.selected_layer_index                        # a folder of parts alone does not say which
-    dead = set(model.unread())
+    out, first = Path(args.out), args.table[args.stages[0]]
+    config = lens.SIZES[args.size].transformer
+    _, args.vae, args.encoder = lens.load_pipeline(args.parts, args.device, None if args.size == "full" else torch.float32, parts=("vae", "text_encoder"))
+    lens.require(config.in_channels == 4 * args.vae.config["latent_channels"], f"--parts {args.parts}: its autoencoder is not the one that size {args.size} works with")
+    model = (lens.load_transformer(args.init, args.device, torch.float32) if args.init else lens.build(args.size, args.seed).to(args.device)).train()
+    lens.require(model.config == config, f"--init {args.init}: its weights are not of size {args.size}")
+    args.encoder.layers = config.selected_layer_index                        # a folder of parts alone does not say which
     for name, p in model.named_parameters():
-        p.requires_grad_(name not in dead)
-    named = dict(model.named_parameters())
-    optimizers = make_optimizers(model, STAGES[args.size][args.stages[0]])
+        p.requires_grad_(name not in set(model.unread()))
+    if args.lora:
+        args.say(f"LoRA of rank {args.lora} on {lens.add_lora(model, args.lora, args.lora, generator=generator(args.seed))} layers")
+    ema = copy.deepcopy(model).requires_grad_(False)
     if args.device == "cpu":
         # Flash attention pays on long sequences; on these of 60 tokens its backward took half of a step on a CPU.
         torch.backends.cuda.enable_flash_sdp(False)
-    state, first = {"step": 0, "total": 0, "seconds": 0.0, "bf16": None, "usual": None, "in_a_row": 0, "skipped": 0}, min(args.stages)
-    if saved := load_state(out / "state.safetensors"):
-        _, kept, groups = saved
-        state.update(kept)
-        first = state.pop("stage")
-        model.load_state_dict(groups["model"])
-        ema.load_state_dict(groups["ema"])
-        restore_optimizers(optimizers, named, groups["optimizer"])
-        args.say(f"resuming {out} at step {state['total']} (stage {first}, step {state['step']})")
+    state = {"step": 0, "total": 0, "seen": 0, "seconds": 0.0, "bf16": None, "usual": None, "in_a_row": 0, "skipped": 0, "replaced": 0}
+    dtype, why = same_everywhere(sample.pick_dtype(args.device.split(":")[0], None, config.inner_dim))
+    set_recompute(model, args.recompute)
     if args.compile:
         for block in model.transformer_blocks:             # in place: the weights keep their names
             block.compile(dynamic=True)                    # one program for all sizes and text lengths
-    parallel = torch.nn.parallel.DistributedDataParallel(model) if args.ranks > 1 else model
-    log = Log(out, state["total"]) if args.rank == 0 else None
-    args.say(f"{args.size}: {sum(p.numel() for p in model.parameters()):,} parameters on {args.ranks} x {args.device}; autoencoder and text encoder from {args.parts}")
-    for number in args.stages:
-        if number < first:
-            continue
-        if number > first:
-            state["step"], first = 0, number
-        if state["step"] < (args.steps or STAGES[args.size][number].steps):
+    if args.fsdp:                                          # each rank keeps a share of every weight, its average and its moments; a block is gathered when it runs
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for m in (model, ema):
+            for block in m.transformer_blocks:
+                fully_shard(block, mp_policy=policy)
+            fully_shard(m, mp_policy=policy)
+    parallel = torch.nn.parallel.DistributedDataParallel(model) if args.ranks > 1 and not args.fsdp else model
+    optimizers = make_optimizers(model, first)
+    at = resume(args, model, ema, optimizers, state) or min(args.stages)
+    state["bf16"] = dtype == torch.bfloat16 if state["bf16"] is None else state["bf16"]               # a resumed run keeps to what it began with
+    log, args.notice = Log(out, state["total"]) if args.rank == 0 else None, on_notice()
+    args.say(f"{args.size}: {sum(p.numel() for p in model.parameters()):,} parameters on {args.ranks} x {args.device}; autoencoder and text encoder from {args.parts}\n"
+             f"precision: fp32 weights, {'bf16' if state['bf16'] else 'fp32'} compute: {why}")
+    for number in (n for n in args.stages if n >= at):
+        if number > at:
+            state["step"], at = 0, number
+            state.pop("data", None)
+        if state["step"] < (args.steps or args.table[number].steps):
             if args.rank > 0:
-                dist.barrier()                             # rank 0 draws the world, the others then read its file
-            world = World(STAGES[args.size][number], args.seed, args.vae, args.encoder, out / f"world-{number}.safetensors", args.device)
+                dist.barrier()                             # rank 0 draws the world, or indexes the shards; the others then read what it wrote
+            source = (Pictures(args, args.table[number].areas) if args.data else
+                      World(args.table[number], args.seed, args.vae, args.encoder, out / f"world-{number}.safetensors", args.device))
             if args.rank == 0 and args.ranks > 1:
                 dist.barrier()
-            train_stage(number, args, world, model, parallel, ema, optimizers, state, log)
+            train_stage(number, args, source, model, parallel, ema, optimizers, state, log)
     args.say(f"done: python sample.py --eval --weights {args.out}")
 
 
 def export(args):
     """DIR of --out as a small checkpoint to ship: every part in bf16, scored on 50 prompts a task, its story in the metadata.
-
     The denoiser's numbers keep 4 of bf16's 7 bits of mantissa [ours]: nothing was lost (0.797 against 0.790 with 7 bits; with 3
     it was 0.747), and git, which keeps every version for ever, packs it in 5.3 MiB instead of 7.1."""
     transformer, vae, encoder = lens.load_pipeline(args.out, args.device, torch.float32)
@@ -592,6 +754,14 @@ def main(argv=None):
     parser.add_argument("--parts", metavar="DIR", help="where the autoencoder and text encoder are (default: DIR of --out if it has them, else weights/toy)")
     parser.add_argument("--init", metavar="DIR", help="start from these weights (say weights/toy) instead of random ones")
     parser.add_argument("--steps", type=int, help="steps of each stage (default: what the size and stage say)")
+    parser.add_argument("--data", metavar="GLOB", help="tar shards of `data.py pack` or `cache`, say 'shards/*.tar' (default: the toy world)")
+    parser.add_argument("--batch", metavar="N,N", type=lambda s: [int(n) for n in s.split(",")], help="pictures a device batch, one number an area")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="device batches a rank takes for one step")
+    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"), help="activations to compute again instead of keeping: less memory, more time")
+    parser.add_argument("--fsdp", action="store_true", help="under torchrun: weights and moments are shared out over the ranks (else each holds all: DDP)")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter over --init instead of all weights")
+    parser.add_argument("--workers", type=int, default=4, help="processes a rank that decode --data")
+    parser.add_argument("--dry-run", action="store_true", help="train nothing: print parameters, memory and FLOPs of each setting")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")
     parser.add_argument("--compile", action="store_true", help="compile the blocks: 1.4x faster after a minute (on a CPU needs a C++ compiler)")
@@ -600,25 +770,29 @@ def main(argv=None):
     parser.add_argument("--preview-every", type=int, default=500, metavar="N", help="steps; 0: never")
     parser.add_argument("--export", metavar="DIR", help="train nothing: score what --out holds and write it there in bf16, to ship")
     args = parser.parse_args(argv)
-    if args.size not in lens.SIZES:
-        raise LensError(f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
-    if args.size not in ("nano", "toy"):
-        raise LensError(f"--size {args.size}: training from shards of real pictures is not built yet; the toy world trains --size toy or nano")
-    if args.steps is not None and args.steps < 1 or args.save_every < 1:
-        raise LensError("--steps and --save-every must be at least 1")
+    lens.require(args.size in lens.SIZES, f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
+    args.stages, args.table = (1, 2) if args.stage == "all" else (int(args.stage),) if args.stage.isdigit() else (), copy.deepcopy(STAGES.get(args.size, STAGES["full"]))
+    for stage in args.table.values() if args.batch else ():
+        lens.require(len(args.batch) >= len(stage.batch) and min(args.batch) > 0, f"--batch: {len(stage.batch)} numbers of at least 1, for the areas {', '.join(map(str, stage.batch))}")
+        stage.batch = dict(zip(stage.batch, args.batch))
+    lens.require(not args.data or glob.glob(args.data), f"--data {args.data}: no file matches")
+    args.base, args.guidance = HOME.get(args.size, (1024, 5.0))
+    if args.dry_run:
+        return dry_run(args)
+    lens.require(args.data or args.size in ("nano", "toy"), f"--size {args.size}: name the shards to train on with --data (`data.py pack` makes them); the toy world is for --size toy or nano")
+    lens.require(min(1 if args.steps is None else args.steps, args.save_every, args.accumulate) > 0, "--steps, --save-every and --accumulate must be at least 1")
     args.rank, args.ranks, args.device = join(sample.pick_device(args.device))
+    lens.require(args.ranks > 1 or not args.fsdp, "--fsdp shares weights among processes: start it with torchrun --nproc-per-node N train.py ...")
     args.say = print if args.rank == 0 else lambda *_: None
     if args.rank > 0 and (args.stage == "text" or args.export):
         return                                             # small work, for one process
-    out = Path(args.out)
     if args.rank == 0:                                     # one process: two would remove each other's trial file
-        sample.check_writable(out)
+        sample.check_writable(args.out)
     if args.stage == "text":
         return train_text(args)
-    args.parts = args.parts or str(out if has_parts(out) else sample.TOY)
+    args.parts = args.parts or str(args.out if has_parts(args.out) else sample.TOY)
     if args.export:
         return export(args)
-    args.stages = (1, 2) if args.stage == "all" else (int(args.stage),)
     train_denoiser(args)
 
 

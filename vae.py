@@ -5,7 +5,6 @@ Assumes: you have seen a convolution and a KL divergence.
 
     python vae.py --out runs/vae --minutes 24            # train the toy autoencoder on drawn scenes; the same command again resumes
     python vae.py --out runs/plain --minutes 24 --semantic 0                   # without the semantic term, to compare the probes
-    python vae.py --check runs/vae                       # how many drawn scenes still pass the checker after a round trip
 
 What happens to one picture of 64 x 96 pixels in the toy (full size in brackets; both are 8x down, then 2x2 folded):
 
@@ -309,21 +308,6 @@ def probe(vae, device, train_scenes=2000, test_scenes=500):
             "place": round((right(found[here], True) + right(found[~here], False)) / 2, 4)}
 
 @torch.no_grad()
-def round_trip(vae, device, scenes=500, noise=0.0):
-    """Share of drawn scenes that keep every fact after pixels -> tokens -> pixels; at least 0.98 is what we ship.
-    With noise, that much is added to every (unit-variance) token first: a denoiser is never exact either."""
-    import data
-    passed, sizes = 0, [size for area in data.BUCKETS for size in data.BUCKETS[area]]
-    for i in tqdm(range(scenes), desc="round trip", leave=False):
-        scene, details, _ = data.sample(1_000_003, 0, i, *(size := sizes[i % len(sizes)]))     # the facts a dense caption of it states
-        pixels = torch.from_numpy(np.array(data.draw(scene, *size)))[None]               # [1, H, W, 3]
-        tokens = vae.to_tokens(vae.encode(to_images(pixels, device))[0])
-        tokens = tokens + noise * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(i)).to(device)
-        image = to_pil(vae.decode(vae.to_latent(tokens, (size[0] // 16, size[1] // 16))))[0]
-        passed += all(data.check(image, data.facts(scene, details | {"color"})))
-    return passed / scenes
-
-@torch.no_grad()
 def preview(vae, path, device):                               # originals above, reconstructions below
     x = to_images(make_batch(1_000_004, 0, (64, 64), 12)[0], device)
     rows = torch.cat([torch.cat(list(t), dim=2) for t in (x, vae.decode(vae.encode(x)[0]))], dim=1)
@@ -384,21 +368,17 @@ def train(args):
     del loader                                                # stops the drawing process
     save()
     set_statistics(ema, 1_000_005, args.report // 5 + 1, device)      # 101 batches, about 4000 scenes
-    metrics = {"probe": probe(ema, device, 4 * args.report, args.report), "round_trip": round_trip(ema, device, args.report),
-               "round_trip_noise_0.2": round_trip(ema, device, args.report, 0.2)}
+    metrics = {"probe": probe(ema, device, 4 * args.report, args.report)}
     print(json.dumps({"step": state["step"], "loss": row["loss"], **metrics}), file=log, flush=True)
     save_vae(ema, out, {"command": "python vae.py " + " ".join(sys.argv[1:]), "seed": args.seed, "steps": state["step"],
                                 "minutes": round(state["seconds"] / 60, 2), "semantic": args.semantic, **metrics})
     preview(ema, out / "preview.png", device)
     print(f"semantic {args.semantic}: a linear probe on held-out scenes gets " + ", ".join(f"{k} {v:.3f}" for k, v in metrics["probe"].items()))
-    print(f"round trip: {metrics['round_trip']:.3f} of scenes keep every fact, {metrics['round_trip_noise_0.2']:.3f} with noise 0.2 on the tokens")
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Train the toy autoencoder on drawn scenes, or check a trained one.")
+    parser = argparse.ArgumentParser(description="Train the toy autoencoder on drawn scenes.")
     parser.error = fail                                       # one line, exit code 2
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", metavar="DIR", help="train, and write here; the same command again resumes")
-    what.add_argument("--check", metavar="DIR", help="share of drawn scenes that pass the checker after a round trip")
+    parser.add_argument("--out", required=True, metavar="DIR", help="train, and write here; the same command again resumes")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=24, help="train this long")
     length.add_argument("--steps", type=int, help="or this many steps")
@@ -411,7 +391,6 @@ def main(argv=None):
     parser.add_argument("--preview-every", type=int, default=300, help="steps")
     parser.add_argument("--report", type=int, default=500, help="held-out scenes of the final report")
     args = parser.parse_args(argv)
-    if args.check: return print(f"round trip: {round_trip(load_vae(args.check), 'cpu', args.report):.3f} of {args.report} scenes keep every fact")
     if args.size not in SIZES: fail(f"unknown size {args.size!r}; there are {', '.join(SIZES)}")
     if (args.minutes if args.steps is None else args.steps) <= 0: fail("--steps and --minutes must be above 0")
     train(args)
