@@ -498,13 +498,13 @@ def held_out(task, count, height, width, style="dense"):
 def round_trip(vae, device, scenes=500, noise=0.0):
     """Share of drawn scenes that keep every fact after pixels -> tokens -> pixels: what a perfect denoiser would score; at least
     0.98 is what we ship. With noise, that much is added to every (unit-variance) token first: a denoiser is never exact either."""
-    passed, sizes = 0, [size for area in data.BUCKETS for size in data.BUCKETS[area]]
+    passed, sizes, dtype = 0, [size for area in data.BUCKETS for size in data.BUCKETS[area]], next(vae.parameters()).dtype
     for i in tqdm(range(scenes), desc="round trip", leave=False):
         scene, details, _ = data.sample(1_000_003, 0, i, *(size := sizes[i % len(sizes)]))     # the facts a dense caption of it states
         pixels = torch.from_numpy(np.array(data.draw(scene, *size)))[None]               # [1, H, W, 3]
-        tokens = vae.to_tokens(vae.encode(autoencoder.to_images(pixels, device).to(next(vae.parameters()).dtype))[0])
+        tokens = vae.to_tokens(vae.encode(autoencoder.to_images(pixels, device).to(dtype))[0]).float()
         tokens = tokens + noise * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(i)).to(device)
-        image = autoencoder.to_pil(vae.decode(vae.to_latent(tokens, (size[0] // 16, size[1] // 16))))[0]
+        image = autoencoder.to_pil(vae.decode(vae.to_latent(tokens, (size[0] // 16, size[1] // 16)).to(dtype)))[0]
         passed += all(check(image, data.facts(scene, details | {"color"})))
     return passed / scenes
 

@@ -252,7 +252,7 @@ class Stage:
 # a quarter of a run above 0.9 and a fifth below 0.5.
 TIMES = (1.25, 1.5)
 STAGES = {"nano": {1: Stage((64,), (16,), 30, 1e-3, (64,), 3e-3, TIMES), 2: Stage((64, 96), (16, 8), 30, 1e-3, (64, 32), 3e-3, TIMES)},
-          "toy": {1: Stage((64,), (128,), 500, 1.2e-3, (8_000,), 3e-3, TIMES),                        # [ours]
+          "toy": {1: Stage((96,), (96,), 5400, 1.2e-3, (20_000,), 3e-3, TIMES),                       # [ours]
                   2: Stage((64, 96, 128), (96, 72, 48), 12000, 1.2e-3, (4_000, 24_000, 9_000), 3e-3, TIMES)},
           "full": {1: Stage((512,), (24,), 400_000, 2e-4, decay=False, betas=(0.9, 0.999)),        # [paper]
                    2: Stage((512, 768, 1024), (24, 10, 6), 400_000, 1e-4, decay=False, betas=(0.9, 0.999))}}
@@ -323,7 +323,7 @@ class World:
         """Every scene through both frozen models; on a CPU by one process a core, since these models are too small for threads."""
         chunks = []
         for area, count in self.stage.scenes.items():
-            sizes = data.BUCKETS[area]                                             # buckets in turn
+            sizes = [(area, area)] if len(self.stage.scenes) == 1 else data.BUCKETS[area]      # stage 1: squares [paper]; stage 2: buckets in turn
             chunks += [(area, sizes[k], range(count)[k::len(sizes)][j:j + 64]) for k in range(len(sizes)) for j in range(0, len(range(count)[k::len(sizes)]), 64)]
         loader = torch.utils.data.DataLoader(Encoding(chunks, seed, vae, encoder), batch_size=None, sampler=range(len(chunks)), num_workers=os.cpu_count() if device == "cpu" else 0)
         groups, words = {"tokens": {}, "text": {}, "lengths": {}}, set()
@@ -772,7 +772,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     lens.require(args.size in lens.SIZES, f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
     args.stages, args.table = (1, 2) if args.stage == "all" else (int(args.stage),) if args.stage.isdigit() else (), copy.deepcopy(STAGES.get(args.size, STAGES["full"]))
-    for stage in args.table.values() if args.batch else ():
+    for stage in (args.table[n] for n in args.stages) if args.batch else ():
         lens.require(len(args.batch) >= len(stage.batch) and min(args.batch) > 0, f"--batch: {len(stage.batch)} numbers of at least 1, for the areas {', '.join(map(str, stage.batch))}")
         stage.batch = dict(zip(stage.batch, args.batch))
     lens.require(not args.data or glob.glob(args.data), f"--data {args.data}: no file matches")

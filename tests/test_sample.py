@@ -182,6 +182,7 @@ def test_geneval_file_is_written_in_its_evaluators_folders(nano, tmp_path, capsy
 def test_eval_ends_with_a_line_of_json(nano, tmp_path, capsys):
     code, out, _ = cli(capsys, "--weights", nano, "--eval", "--per-task", 4, "--out", tmp_path)
     scores = json.loads(out.strip().splitlines()[-1])
+    assert cli(capsys, "--weights", nano, "--eval", "--per-task", 2, "--dtype", "bf16", "--out", tmp_path)[0] == 0
     assert code == 0 and list(scores) == ["overall", *data.TASKS, "fidelity"]
     assert scores["overall"] == pytest.approx(sum(scores[t] for t in data.TASKS) / 6, abs=1e-3) and scores["fidelity"] > 0
 
