@@ -425,10 +425,9 @@ LIMITS = {"area": ("<", 384**2), "nsfw": (">", 0.5), "aesthetic": ("<", 3.0), "w
 
 
 def measure(image):
-    """What the filters look at: {area, blur, entropy, dark, bright} and a unit vector [768] in which near duplicates are close.
-    blur is the variance of the Laplacian of the grey picture at 512^2 pixels, so that size does not matter; entropy that of the
-    grey histogram in bits; dark and bright the mean of HSV's V. The vector is a 16 x 16 thumbnail less its mean [ours]; the
-    paper's is CLIP's."""
+    """What the filters look at: {area, blur, entropy, dark, bright}, and a unit vector [768] that is close for near duplicates: a
+    16 x 16 thumbnail less its mean [ours]; the paper's is CLIP's. blur is the variance of the Laplacian of the grey picture at
+    512^2 pixels, so that size does not matter; entropy that of the grey histogram in bits; dark and bright the mean of HSV's V."""
     scale, area = 512 / math.sqrt(image.width * image.height), image.width * image.height
     grey = np.asarray(image.convert("L").resize([max(3, round(side * scale)) for side in image.size], Image.BOX), np.float32)
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * grey[1:-1, 1:-1]
@@ -452,9 +451,8 @@ def near_duplicates(vectors, limit, chunk=2048):
 
 
 class Endpoint:
-    """An OpenAI-compatible chat endpoint: captions here, the reasoner in sample.py, judges in rl.py.
-    url: up to and with /v1. The key is read from LENS_API_KEY, sent in the header and written nowhere. journal: a file of all answers,
-    so that the same work begun again asks only for what is missing."""
+    """An OpenAI-compatible chat endpoint: captions here, the reasoner in sample.py, judges in rl.py. url: up to and with /v1. Its key
+    is read from LENS_API_KEY and written nowhere. journal: a file of all answers, so that work begun again asks only for the rest."""
 
     def __init__(self, url, model, journal=None, workers=8, tries=5, timeout=120):
         self.url, self.model, self.journal, self.workers, self.tries, self.timeout = url.rstrip("/"), model, journal, workers, tries, timeout
@@ -542,7 +540,6 @@ def examine(sample):
 
 def pack(args):
     """A folder of pictures with captions -> tar shards, cleaned in the paper's order, every loss counted in a table."""
-    from transformers import pipeline
     faults, kept, out, limits = Counter(), [], Path(args.out), {name: limit for name, (_, limit) in LIMITS.items()}
     for name, _, value in (given.partition("=") for given in args.limit):
         if name not in limits:
@@ -562,6 +559,7 @@ def pack(args):
     table = [("read", len(samples)), ("broken, one way or another", len(kept))]
     for name, (sense, _) in LIMITS.items():
         if name in models:                                                         # scores only what earlier filters left
+            from transformers import pipeline                                      # takes seconds to import: only where it is asked for
             path, _, label = models[name].rpartition(":")
             score = pipeline("image-classification", path, top_k=None)
             if label not in score.model.config.label2id:
@@ -649,11 +647,11 @@ def index(path):
 
 
 class Shards:
-    """Tar shards as batches: shards[bucket, samples, epoch] -> (pictures, captions, faults).
-    pictures is uint8 [B, H, W, 3], or what `data.py cache` wrote, bf16 bits in uint8 [B, h*w * C * 2]. The index is one array,
-    not lists of objects, so that workers go on sharing it with the parent. A sample's bucket is the largest area that it fills, and there the
-    nearest ratio [ours]. One that cannot be read is replaced by the next of its bucket and named in faults.
-    sizes: the buckets; vae: hash of the autoencoder's file, to know stale latents by. Raises ValueError."""
+    """Tar shards as batches: shards[bucket, samples, epoch] -> (pictures, captions, faults). sizes: the buckets; vae: hash of the
+    autoencoder's file, to know stale latents by. pictures is uint8 [B, H, W, 3], or what `data.py cache` wrote, bf16 bits in uint8
+    [B, h*w * C * 2]. The index is one array, not lists of objects, so that workers go on sharing it with the parent. A sample's
+    bucket is the largest area that it fills, and there the nearest ratio [ours]. One that cannot be read is replaced by the next
+    of its bucket and named in faults. Raises ValueError."""
 
     def __init__(self, pattern, sizes, seed=0, vae=None):
         self.paths, self.sizes, self.seed, self.vae = sorted(glob.glob(str(pattern))), sorted(sizes, key=lambda s: s[0] * s[1]), seed, vae
@@ -703,14 +701,19 @@ class Shards:
         return np.stack([image for image, _ in found]), [caption for _, caption in found], faults
 
 
+def vae_identity(path_or_repo):
+    """A hash of an autoencoder's file: what latents are kept under. Shards without latents need none."""
+    import lens
+    return file_hash(lens.weight_files(Path(lens.fetch(path_or_repo, ("vae",))) / "vae")[0])
+
+
 def cache(args):
     """Shards again, each picture as the tokens of its centre crop. What is there of the same tar, buckets and autoencoder is kept."""
     import torch, lens
     from vae import to_images
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae_hash = file_hash(lens.weight_files(Path(lens.fetch(args.weights, ("vae",))) / "vae")[0])
+    device, vae_hash = "cuda" if torch.cuda.is_available() else "cpu", vae_identity(args.weights)
     vae = lens.load_pipeline(args.weights, device, torch.float32, parts=("vae",))[1]
-    shards, out, fresh = Shards(args.data, [size for base in args.bases for size in buckets(base)]), Path(args.out), 0
+    shards, out, fresh = Shards(args.data, args.bases), Path(args.out), 0
     out.mkdir(parents=True, exist_ok=True)
 
     @torch.no_grad()
@@ -720,10 +723,8 @@ def cache(args):
             for chunk in np.split(members, range(16, len(members), 16)):
                 found = []
                 for i in chunk:
-                    try:
+                    with contextlib.suppress(Fault):                               # `stats` and training name what is left out here
                         found.append((read_picture(read(shards.parts(i)["picture"]), (h, w)), *words_of(shards.parts(i))))
-                    except Fault as e:
-                        tqdm.write(f"sample {i}: {e}")
                 images = torch.from_numpy(np.stack([image for image, *_ in found] or [np.zeros((h, w, 3), np.uint8)]))
                 tokens = vae.to_tokens(vae.encode(to_images(images).to(device))[0]).bfloat16().cpu().contiguous().view(torch.uint8)
                 for latent, (_, captions, notes) in zip(tokens.numpy(), found):
@@ -741,11 +742,11 @@ def cache(args):
 
 def stats(args):
     """Buckets, caption lengths, faults and decoding speed of shards, and a contact sheet of what training would see."""
-    shards = Shards(args.data, [size for base in args.bases for size in buckets(base)])
+    shards = Shards(args.data, args.bases)
     print(f"{len(shards.rows)} samples in {len(shards.paths)} shards, index {shards.digest}; left out: {dict(shards.faults) or 'nothing'}")
     for b, count in zip(*np.unique(shards.buckets, return_counts=True)):
         print(f"{shards.sizes[b][1]:5} x {shards.sizes[b][0]:<5} {count:9}  {count / len(shards.rows):6.1%}")
-    begin, rows = time.perf_counter(), plan(shards.buckets, shards.lengths, {b: 1 for b in range(len(shards.sizes))}, 0, 0)[:500]
+    begin, rows = time.perf_counter(), plan(shards.buckets, shards.lengths, dict.fromkeys(range(len(shards.sizes)), 1), 0, 0)[:500]
     pictures, captions, faults = zip(*(shards[row] for row in rows))
     print(f"{len(rows) / (time.perf_counter() - begin):.0f} pictures/s decoded by one process; words a caption (5%, half, 95%): "
           f"{np.quantile([len(caption.split()) for caption, in captions], (0.05, 0.5, 0.95)).round().astype(int).tolist()}", *sum(faults, []), sep="\n")
@@ -755,8 +756,7 @@ def stats(args):
 def sheet(images):
     page = Image.new("RGB", (6 * 132, 4 * 132), "white")
     for i, image in enumerate(images):
-        image.thumbnail((128, 128))
-        page.paste(image, (i % 6 * 132, i // 6 * 132))
+        page.paste(ImageOps.contain(image, (128, 128)) if max(image.size) > 128 else image, (i % 6 * 132, i // 6 * 132))
     return page
 
 
@@ -784,7 +784,7 @@ def main(argv=None):
     more = parser.add_argument_group("cache, stats")
     more.add_argument("--data", metavar="GLOB", help="the shards, say 'shards/*.tar'")
     more.add_argument("--weights", metavar="DIR", default=str(Path(__file__).resolve().parent / "weights" / "toy"), help="whose autoencoder")
-    more.add_argument("--bases", type=lambda s: [int(b) for b in s.split(",")], default=[512, 768, 1024], metavar="N,N", help="areas of the buckets (default 512,768,1024)")
+    more.add_argument("--bases", type=lambda s: [size for base in s.split(",") for size in buckets(int(base))], default="512,768,1024", metavar="N,N", help="areas of the buckets (default %(default)s)")
     args = parser.parse_args(argv)
     (command, out, needed), args.out = commands[args.command], args.out or commands[args.command][1]
     try:

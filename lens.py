@@ -36,7 +36,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 class LensError(ValueError):
     """A user's mistake, told in one line. Scripts print `error: ...` and exit with code 2."""
@@ -274,7 +273,6 @@ class LensTransformer(nn.Module):
         super().__init__()
         width = config.inner_dim
         self.config = config
-        self.recompute = "none"                            # "full": keep no activations inside blocks, run them again backwards
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": nn.ModuleDict(
             {"linear_1": nn.Linear(256, width), "linear_2": nn.Linear(width, width)})})
         # GPT-OSS features reach 1e4, each layer at its own scale: each has its own norm before they are mixed.
@@ -342,11 +340,7 @@ class LensTransformer(nn.Module):
     def velocity_from(self, x, modulation, context):
         img, txt = self.img_in(x), context.txt                                             # [B, N, W], [B, S, W]
         for block, mod in zip(self.transformer_blocks, modulation.blocks):
-            arguments = (img, txt, modulation.time, mod, context.rope, context.mask)
-            if self.recompute == "full" and torch.is_grad_enabled():
-                img, txt = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                img, txt = block(*arguments)                                               # [B, N, W], [B, S, W]
+            img, txt = block(img, txt, modulation.time, mod, context.rope, context.mask)   # [B, N, W], [B, S, W]
         scale, shift = modulation.out[:, None].chunk(2, -1)                                # scale first here [checkpoint]
         img = torch.addcmul(shift, F.layer_norm(img, img.shape[-1:], eps=1e-6), 1 + scale)    # [B, N, W]
         return self.proj_out(img)                                                          # [B, N, C]

@@ -15,10 +15,10 @@ a change to either means training everything after it again. From nothing to a m
 
 The same command again resumes what DIR holds. DIR is a checkpoint that `sample.py --weights DIR` takes as it is.
 
-Where this departs from the paper [ours]: the toy's pictures are encoded once and kept (drawing and encoding cost as much
-as a training step); each scene is kept with several captions; the learning rate falls to zero over the last half of a
-stage, since a toy run is too short for its average of weights to do that work alone; the blocks' matrices are trained by
-Muon (`make_optimizers`); times sit nearer t = 1 (`TIMES`).
+Where the toy departs from the paper [ours]: its pictures are encoded once and kept, each with several captions (drawing and
+encoding cost as much as a training step); the learning rate falls to zero over the last half of a stage, since a short run's
+average of weights cannot do that work alone; the blocks' matrices are trained by Muon (`make_optimizers`); times sit nearer
+t = 1 (`TIMES`).
 """
 import argparse, contextlib, copy, dataclasses, functools, glob, itertools, json, math, os, shlex, shutil, signal, sys, time, warnings
 from datetime import timedelta
@@ -29,9 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
@@ -244,12 +242,13 @@ class Stage:
         self.areas, self.batch, self.scenes, self.steps = areas, dict(zip(areas, batch)), dict(zip(areas, scenes)), steps
         self.lr, self.muon_lr, self.times, self.decay, self.betas = lr, muon_lr, times, decay, betas
 
+    def sizes(self, area):                                 # one area: squares; more: its nine ratios [paper]
+        return [(area, area)] if len(self.areas) == 1 else data.buckets(area)
 
-# Where the toy's times sit [ours]. What a picture shows is decided near t = 1, where nothing but the text says it, and the
-# paper's mean and spread, 1.0 and 1.0, put a ninth of a run above 0.9: after 83,000 pictures from random weights the loss at
-# t = 0.97 was 0.89 with mean 1.0 and 0.81 with 2.0 (0.93 without text). With mean 0 nearly no layout was ever right. But 1.75
-# and 1.25 left only 8% below 0.5, where shapes get their corners, and those were then what was wrong most. This spread puts
-# a quarter of a run above 0.9 and a fifth below 0.5.
+
+# Where the toy's times sit [ours]: a quarter above 0.9, a fifth below 0.5. What a picture shows is decided near t = 1, where only
+# the text says it, and the paper's mean and spread, 1.0 and 1.0, put a ninth of a run there: after 83,000 pictures the loss at
+# t = 0.97 was 0.89 with mean 1.0, 0.81 with 2.0 (0.93 without text). But 1.75 and 1.25 left 8% below 0.5, where shapes get corners.
 TIMES = (1.25, 1.5)
 STAGES = {"nano": {1: Stage((64,), (16,), 30, 1e-3, (64,), 3e-3, TIMES), 2: Stage((64, 96), (16, 8), 30, 1e-3, (64, 32), 3e-3, TIMES)},
           "toy": {1: Stage((96,), (96,), 5400, 1.2e-3, (20_000,), 3e-3, TIMES),                       # [ours]
@@ -323,7 +322,7 @@ class World:
         """Every scene through both frozen models; on a CPU by one process a core, since these models are too small for threads."""
         chunks = []
         for area, count in self.stage.scenes.items():
-            sizes = [(area, area)] if len(self.stage.scenes) == 1 else data.BUCKETS[area]      # stage 1: squares [paper]; stage 2: buckets in turn
+            sizes = self.stage.sizes(area)                                         # in turn
             chunks += [(area, sizes[k], range(count)[k::len(sizes)][j:j + 64]) for k in range(len(sizes)) for j in range(0, len(range(count)[k::len(sizes)]), 64)]
         loader = torch.utils.data.DataLoader(Encoding(chunks, seed, vae, encoder), batch_size=None, sampler=range(len(chunks)), num_workers=os.cpu_count() if device == "cpu" else 0)
         groups, words = {"tokens": {}, "text": {}, "lengths": {}}, set()
@@ -355,10 +354,9 @@ class World:
 class Pictures:
     """Tar shards as the denoiser meets them: decoded by workers while the last batch trains, encoded here by the frozen models."""
 
-    def __init__(self, args, areas):
-        vae_hash = data.file_hash(lens.weight_files(Path(lens.fetch(args.parts, ("vae",))) / "vae")[0])
+    def __init__(self, args, stage):
         try:
-            self.shards = data.Shards(args.data, [size for area in areas for size in ((area, area),) * (len(areas) == 1) or data.buckets(area)], args.seed, vae_hash)
+            self.shards = data.Shards(args.data, [size for area in stage.areas for size in stage.sizes(area)], args.seed, data.vae_identity(args.parts))
         except ValueError as e:
             raise LensError(str(e)) from None
         self.sizes, self.buckets, self.digest, self.words = self.shards.sizes, self.shards.buckets, self.shards.digest, []
@@ -426,8 +424,8 @@ def make_optimizers(model, stage):
 
 
 def set_recompute(model, how):
-    """Which activations of the blocks are kept for the backward pass. none: all; full: only the blocks' inputs, and each block is
-    run again; selective: what matrix products and attention gave, and the cheap rest is run again."""
+    """What the blocks keep for the backward pass. none: all; full: their inputs, each block is run again; selective: what matrix
+    products and attention gave, and the cheap rest is run again."""
     heavy = ("aten.mm", "aten.addmm", "aten.bmm", "aten._scaled_dot_product")
     policy = lambda _, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE if str(op).startswith(heavy) else CheckpointPolicy.PREFER_RECOMPUTE
     extra = {"context_fn": lambda: create_selective_checkpoint_contexts(policy)} if how == "selective" else {}
@@ -463,11 +461,11 @@ def train_step(args, source, model, parallel, rows, total, stream, stage, state)
     its losses over all ranks: (loss, mean loss by quarter of t [4], stop, this rank's FLOPs). A weight of 0: there was no batch
     left for this rank, it runs along for its peers."""
     work, sums = 0, torch.zeros(11, device=args.device)                            # losses, then by quarter of t: losses, counts; notices; faults
+    move = lambda x: x.to(args.device, non_blocking=True)
     for k, ((bucket, samples, epoch), weight) in enumerate(rows):
         height, width = source.sizes[bucket]
         tokens, text, mask, faults = next(stream)
         noise, t, dropped = noise_and_time(args.seed, epoch, samples, tokens.shape[1:], stage.times or (lens.timestep_mu(tokens.shape[1]), 1.0))
-        move = lambda x: x.to(args.device, non_blocking=True)
         tokens, text, noise, t = move(tokens), [move(layer) for layer in text], move(noise), move(t)
         mask = move(mask) & ~move(dropped)[:, None]                                # no visible text is no text at all
         last = k == len(rows) - 1                                                  # ranks exchange gradients once a step
@@ -494,18 +492,19 @@ def train_step(args, source, model, parallel, rows, total, stream, stage, state)
 
 
 def train_stage(number, args, source, model, parallel, ema, optimizers, state, log):
-    """One stage from state["step"] (counted inside the stage) to its last step. A step takes `group` device batches of the
-    epoch's plan, whoever computes them: with equal group, the number of ranks changes neither what is learnt nor its noise."""
+    """One stage from state["step"] (counted in the stage) to its last step. A step takes `group` device batches of the plan,
+    whoever computes them: with equal group, the number of ranks changes neither what is learnt nor its noise."""
     stage, named, group = args.table[number], dict(model.named_parameters()), args.ranks * args.accumulate
     steps, home, peak = args.steps or stage.steps, data.bucket(args.base), matmul_peak(args.device, torch.bfloat16 if state["bf16"] else torch.float32)
     trained, averaged = [local(p) for p in named.values() if p.requires_grad], [local(q) for q, p in zip(ema.parameters(), named.values()) if p.requires_grad]
     areas = np.array([min(stage.batch, key=lambda a: abs(math.log(h * w / a**2))) for h, w in source.sizes])
     batch, pixels = {b: stage.batch[a] for b, a in enumerate(areas)}, [h * w for h, w in source.sizes]
     plan = lambda epoch: data.plan(source.buckets, source.lengths(epoch), batch, args.seed, epoch)
-    epoch_length = -(-len(plan(0)) // group)
+    sizes = [(len(samples), batch[b]) for b, samples, _ in plan(0)]                # the same in every epoch, but for their order
+    epoch_length = -(-len(sizes) // group)
     if state.setdefault("data", source.digest) != source.digest:
         raise LensError(f"--data: these shards are not those that the run in {args.out} began with; give another --out, or the same shards")
-    args.say(f"an epoch is {epoch_length} steps of {group} device batches; {sum(len(s) < batch[b] for b, s, _ in plan(0))} batches are smaller: what was left over in their buckets")
+    args.say(f"an epoch is {epoch_length} steps of {group} device batches; {sum(count < full for count, full in sizes)} batches are smaller: what was left over in their buckets")
     bar = tqdm(total=steps, initial=state["step"], desc=f"stage {number}", unit="step", mininterval=2, disable=args.rank > 0)
     while state["step"] < steps:
         epoch, done = divmod(state["step"], epoch_length)
@@ -562,7 +561,7 @@ def report(number, args, model, ema, optimizers, state, source, log, row, last, 
         pictures = sample.generate(prompts, (shown, args.vae, args.encoder), height=home[0], width=home[1], guidance=args.guidance)
         sample.contact_sheet(pictures, 6).save(Path(args.out) / f"preview-{state['total']:06d}.png")
     if due(args.eval_every) and args.rank == 0:
-        scores, *_ = sample.evaluate((shown, args.vae, args.encoder), *home, 20, args.guidance, 20, progress=False)
+        scores, *_ = sample.evaluate((shown, args.vae, args.encoder), *home, sample.STEPS, args.guidance, 20, progress=False)
         state["scores"] = scores
         bar.write(f"step {state['total']}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
         row.update(scores)
@@ -623,7 +622,7 @@ def save(args, number, model, ema, optimizers, state, words):
     averaged = averaged_model(args, ema)
     if args.rank == 0:
         notes = dict(command=shlex.join(["python", "train.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["total"], trained_seconds=round(state["seconds"]),
-                     score=json.dumps(state.get("scores", {})), steps=20, guidance=args.guidance, base=args.base, words=json.dumps(words))
+                     score=json.dumps(state.get("scores", {})), steps=sample.STEPS, guidance=args.guidance, base=args.base, words=json.dumps(words))
         if args.lora:
             return lens.save_lora(averaged, out, metadata=notes)
         lens.save_pipeline(out, transformer=averaged, metadata=notes, base=None if has_parts(out) else os.path.relpath(args.parts, out))
@@ -662,6 +661,8 @@ def dry_run(args):
 def activations(config, how, count, grid, length):
     """Bytes that a device batch leaves in memory between its forward and its backward pass, bf16 copies of weights included: PyTorch's
     own tracker over tensors without storage. Blocks are alike, so two and three of them tell what all of them keep."""
+    from torch._subclasses.fake_tensor import FakeTensorMode                       # private names: only the dry run stands on them
+    from torch.distributed._tools.mem_tracker import MemTracker
     kept = []
     for blocks in (2, 3):
         lens.rope_table.cache_clear()                                              # a table without storage must not outlive its mode
@@ -688,8 +689,9 @@ def train_denoiser(args):
     model = (lens.load_transformer(args.init, args.device, torch.float32) if args.init else lens.build(args.size, args.seed).to(args.device)).train()
     lens.require(model.config == config, f"--init {args.init}: its weights are not of size {args.size}")
     args.encoder.layers = config.selected_layer_index                        # a folder of parts alone does not say which
+    dead = set(model.unread())
     for name, p in model.named_parameters():
-        p.requires_grad_(name not in set(model.unread()))
+        p.requires_grad_(name not in dead)
     if args.lora:
         args.say(f"LoRA of rank {args.lora} on {lens.add_lora(model, args.lora, args.lora, generator=generator(args.seed))} layers")
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -722,7 +724,7 @@ def train_denoiser(args):
         if state["step"] < (args.steps or args.table[number].steps):
             if args.rank > 0:
                 dist.barrier()                             # rank 0 draws the world, or indexes the shards; the others then read what it wrote
-            source = (Pictures(args, args.table[number].areas) if args.data else
+            source = (Pictures(args, args.table[number]) if args.data else
                       World(args.table[number], args.seed, args.vae, args.encoder, out / f"world-{number}.safetensors", args.device))
             if args.rank == 0 and args.ranks > 1:
                 dist.barrier()
@@ -731,9 +733,8 @@ def train_denoiser(args):
 
 
 def export(args):
-    """DIR of --out as a small checkpoint to ship: every part in bf16, scored on 50 prompts a task, its story in the metadata.
-    The denoiser's numbers keep 4 of bf16's 7 bits of mantissa [ours]: nothing was lost (0.797 against 0.790 with 7 bits; with 3
-    it was 0.747), and git, which keeps every version for ever, packs it in 5.3 MiB instead of 7.1."""
+    """DIR of --out as a small checkpoint to ship, in bf16, scored on 50 prompts a task. The denoiser keeps 4 of bf16's 7 bits of mantissa
+    [ours]: nothing was lost (0.797 against 0.790 with 7 bits; 0.747 with 3), and git, which keeps every version, packs 5.3 MiB, not 7.1."""
     transformer, vae, encoder = lens.load_pipeline(args.out, args.device, torch.float32)
     for p in transformer.parameters():                                             # fp32 has 23 bits: round half up at the 4th
         p.data = ((p.data.view(torch.int32) + (1 << 18)) >> 19 << 19).view(torch.float32)
@@ -776,7 +777,7 @@ def main(argv=None):
         lens.require(len(args.batch) >= len(stage.batch) and min(args.batch) > 0, f"--batch: {len(stage.batch)} numbers of at least 1, for the areas {', '.join(map(str, stage.batch))}")
         stage.batch = dict(zip(stage.batch, args.batch))
     lens.require(not args.data or glob.glob(args.data), f"--data {args.data}: no file matches")
-    args.base, args.guidance = HOME.get(args.size, (1024, 5.0))
+    args.base, args.guidance = HOME.get(args.size, (sample.BASE, sample.GUIDANCE))
     if args.dry_run:
         return dry_run(args)
     lens.require(args.data or args.size in ("nano", "toy"), f"--size {args.size}: name the shards to train on with --data (`data.py pack` makes them); the toy world is for --size toy or nano")
@@ -786,8 +787,7 @@ def main(argv=None):
     args.say = print if args.rank == 0 else lambda *_: None
     if args.rank > 0 and (args.stage == "text" or args.export):
         return                                             # small work, for one process
-    if args.rank == 0:                                     # one process: two would remove each other's trial file
-        sample.check_writable(args.out)
+    sample.check_writable(args.out) if args.rank == 0 else None        # two processes would remove each other's trial file
     if args.stage == "text":
         return train_text(args)
     args.parts = args.parts or str(args.out if has_parts(args.out) else sample.TOY)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lens
+import train
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -154,9 +155,10 @@ def test_positions_matter():
 
 def test_recompute_gives_the_same_gradients_and_the_last_text_output_gets_none():
     grads = []
-    for recompute in ("none", "full"):
+    for recompute in ("none", "full", "selective"):
         model = random_model()
-        model.recompute = recompute
+        train.set_recompute(model, recompute)
+        assert model.state_dict().keys() == random_model().state_dict().keys()
         x, t, text = inputs(model)
         model(x, t, text, torch.ones(2, 5, dtype=torch.bool), (4, 3)).square().mean().backward()
         grads.append({n: p.grad for n, p in model.named_parameters()})
@@ -165,6 +167,7 @@ def test_recompute_gives_the_same_gradients_and_the_last_text_output_gets_none()
     assert all(n.startswith("transformer_blocks.1.") for n in without)
     for n in grads[0].keys() - without:
         torch.testing.assert_close(grads[0][n], grads[1][n], msg=n)
+        torch.testing.assert_close(grads[0][n], grads[2][n], msg=n)
 
 
 def test_fresh_model_predicts_zero_and_is_seeded():

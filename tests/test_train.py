@@ -16,16 +16,6 @@ import data
 import lens
 import sample
 import train
-import vae
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    """A nano autoencoder and text encoder, made by the commands that make the real ones."""
-    folder = tmp_path_factory.mktemp("parts")
-    vae.main(["--out", str(folder), "--size", "nano", "--steps", "4", "--report", "10", "--dtype", "fp32"])
-    train.main(["--stage", "text", "--size", "nano", "--steps", "6", "--out", str(folder), "--save-every", "3"])
-    return folder
 
 
 @pytest.fixture(scope="module")
