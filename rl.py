@@ -212,10 +212,10 @@ def advantages(rewards):
     """[P, G] rewards, NaN where the judge failed -> [P, G] advantages: against the mean of the prompt's group, over the spread of the
     whole step (groups that agree must not be blown up). A failed judgement is no reward at all: its advantage is 0."""
     known = ~rewards.isnan()
-    value = rewards.nan_to_num()
+    value = rewards.nan_to_num().double()                                          # in fp32 a group that agrees would be a rounding away from its mean
     mean = value.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp_min(1)
     spread = value[known].std(correction=0) if known.any() else value.new_zeros(())
-    return torch.where(known, (value - mean) / (spread + 1e-4), 0.0)
+    return torch.where(known, (value - mean) / (spread + 1e-4), 0.0).float()
 
 
 def optimality(advantage):
@@ -270,7 +270,7 @@ class Settings(NamedTuple):
 
 
 SETTINGS = {"nano": Settings(4, 4, 4, 4.0, 1e-3, 4, 4, 2, 64, 32),
-            "toy": Settings(12, 12, 16, 16.0, 1e-3, 100, 10, 4, 96, 48),                       # [ours]
+            "toy": Settings(12, 12, 16, 16.0, 1e-3, 100, 10, 2, 96, 48),                       # [ours]
             "full": Settings(48, 24, 64, 128.0, 3e-4, 180, 20, 4, 1024, 4)}                     # [paper] but times and batch
 BETA, KL, DECAY = 1.0, 1e-4, 0.9       # [paper], [paper]; [ours] of the average of adapters that is evaluated and saved
 ADAM_BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 1e-4                           # [paper]
@@ -351,7 +351,7 @@ class Watch:
         (r0, d0, h0), (r1, d1, h1) = np.mean(self.first, 0), np.mean(self.last, 0)
         if r1 <= r0 + 0.02:
             return ""
-        return f"diversity fell to {d1 / d0:.2f} of the start's" * (d1 < 0.8 * d0) or f"the held-out rubrics fell from {h0:.2f} to {h1:.2f}" * (h1 < h0 - 0.05)
+        return (f"diversity fell to {d1 / d0:.2f} of the start's" if d1 < 0.8 * d0 else "") or (f"the held-out rubrics fell from {h0:.2f} to {h1:.2f}" if h1 < h0 - 0.05 else "")
 
 
 def evaluate(args, model, vae, encoder, per_task):
