@@ -11,6 +11,7 @@ import torch
 
 import data
 import lens
+import rl
 import sample
 import train
 import vae
@@ -60,7 +61,7 @@ def test_commands_of_the_readme_are_understood(command, capsys):
     if script == "lens":
         return
     with pytest.raises(SystemExit) as done:
-        {"sample": sample.main, "train": train.main, "vae": vae.main, "data": data.main}[script](["--help"])
+        {"sample": sample.main, "train": train.main, "vae": vae.main, "data": data.main, "rl": rl.main}[script](["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     assert done.value.code == 0
     assert {w.split("=")[0] for w in words[2:] if w.startswith("--")} <= known
