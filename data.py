@@ -204,14 +204,14 @@ def _paint(spec, xy, rng):
                   ("plain", "striped", "shaded")[rng.integers(3)], tuple(float(v) for v in rng.uniform(-10, 10) + rng.uniform(-5, 5, 3)))
 
 
-def random_scene(rng, height, width, task=None):
-    """A scene for a picture of height x width. task: one of TASKS, "mixed" (three different objects), or None to draw one.
-
-    rng: np.random.Generator. The shape of the picture matters only for where things fit."""
+def random_scene(rng, height, width, task=None, odds=None):
+    """A scene for a picture of height x width (where things fit depends on it). task: one of TASKS, "mixed" (three different
+    objects), or None to draw one; odds: how likely each of SHAPES is (None: all alike); rng: np.random.Generator."""
     task = task or str(rng.choice(TASKS + ("mixed",), p=(0.13, 0.13, 0.22, 0.08, 0.18, 0.16, 0.10)))
     while True:
         number = {"single_object": 1, "colors": 1, "counting": int(rng.integers(2, 5)), "mixed": 3}.get(task, 2)
-        shapes, colors = list(rng.permutation(SHAPES)[:number]), list(rng.permutation(list(COLORS))[:number])
+        shapes = list(rng.permutation(SHAPES)[:number] if odds is None else rng.choice(SHAPES, number, replace=False, p=odds))
+        colors = list(rng.permutation(list(COLORS))[:number])
         sizes = [("small", "large")[rng.integers(2)] for _ in range(number)]
         if task == "counting":
             shapes, colors, sizes = shapes[:1] * number, colors[:1] * number, [sizes[0] if number < 4 else "small"] * number
