@@ -370,14 +370,14 @@ def save(args, model, optimizer, named, state):
     """The state (both adapters, their average, moments, counts) in one file, and the average in PEFT's format."""
     groups = {name: {f"{n}.{ab}": getattr(layer, f"lora_{ab}")[name].detach() for n, layer in lens.lora_layers(model, name).items() for ab in "AB"} for name in ("new", "old", "ema")}
     lens.save_lora(model, args.out, "ema", dict(command=shlex.join(["python", "rl.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["step"], trained_seconds=round(state["seconds"]),
-                                                score=json.dumps(state["scores"]), init=str(args.init)))
+                                                base=json.dumps(state["base"]), score=json.dumps(state["scores"]), init=str(args.init)))
     train.save_state(Path(args.out) / "state.safetensors", state["step"], state, **groups, optimizer=train.optimizer_tensors([optimizer], named))
 
 
 def resume(args, model, optimizer, named):
     """Fills the adapters and the optimiser from --out; -> the state of the loop, or a fresh one."""
     if not (saved := train.load_state(Path(args.out) / "state.safetensors")):
-        return {"step": 0, "seconds": 0.0, "scores": {}, "first": [], "last": [], "key": args.key}
+        return {"step": 0, "seconds": 0.0, "base": {}, "scores": {}, "first": [], "last": [], "key": args.key}
     _, state, groups = saved
     lens.require(state["key"] == args.key, f"--out {args.out} holds another run ({state['key']}): give another folder, or the same --init, --seed, --data, --pool and --tasks")
     with torch.no_grad():
@@ -467,8 +467,13 @@ def train_policy(args):
         lens.set_lora(model, "ema")
         size = data.bucket(how.base)
         sample.contact_sheet(sample.generate([p for p, _ in shown], (model, vae, encoder), seeds=[s for _, s in shown], height=size[0], width=size[1], steps=sample.STEPS, guidance=1.0, batch_size=how.batch), 6).save(out / name)
-    if state["step"] == 0 and args.preview_every and args.rank == 0:
-        preview("before.png")
+    told = lambda scores: ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+    if state["step"] == 0 and args.rank == 0:                                      # what the run will be held against
+        if args.preview_every:
+            preview("before.png")
+        if args.eval_every and not args.data:
+            state["base"] = evaluate(args, model, vae, encoder, args.per_task)
+            args.say(f"the base at guidance 1: {told(state['base'])}")
     bar = tqdm(total=args.steps, initial=state["step"], desc="RL", unit="step", mininterval=2, disable=args.rank > 0)
     with ThreadPoolExecutor(1) as pool:
         while state["step"] < args.steps:
@@ -487,7 +492,7 @@ def train_policy(args):
             if due(args.eval_every) and not args.data and args.rank == 0:
                 state["scores"] = evaluate(args, model, vae, encoder, args.per_task)
                 row.update(state["scores"])
-                bar.write(f"step {state['step']}, guidance 1: " + ", ".join(f"{k} {v:.2f}" for k, v in state["scores"].items()))
+                bar.write(f"step {state['step']}, guidance 1: {told(state['scores'])}")
             if due(args.preview_every) and args.rank == 0:
                 preview(f"preview-{state['step']:04d}.png")
             if log:
