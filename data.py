@@ -19,7 +19,8 @@ at the pixels alone can say which facts of a prompt hold in a picture, for the p
     scene  --facts-->    [count, place, relation, ...]    what the caption claims
     picture, facts  --check-->  [True, False, ...]        what holds
 """
-import argparse, base64, contextlib, glob, hashlib, io, itertools, json, math, os, random, sys, tarfile, threading, time, urllib.error, urllib.request, warnings
+import argparse, base64, contextlib, glob, hashlib, io, itertools, json, math, os, random, sys, tarfile, threading, time
+import urllib.error, urllib.request, warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -158,7 +159,7 @@ def draw(scene, height, width):
         paint = np.array(COLORS[obj.color], np.float32) + np.array(obj.shade, np.float32)
         u = ((xs + 0.5 - obj.x) * width * math.cos(obj.angle + 0.8) + (ys + 0.5 - obj.y) * height * math.sin(obj.angle + 0.8)) / (
             obj.size * math.sqrt(height * width))                                  # -1 .. 1 across the object
-        light = np.where(np.sin(4.2 * u) > 0, 1.0, 0.78) if obj.fill == "striped" else (0.9 - 0.12 * u).clip(0.7, 1.05) if obj.fill == "shaded" else np.ones_like(u)
+        light = {"plain": np.ones_like(u), "striped": np.where(np.sin(4.2 * u) > 0, 1.0, 0.78), "shaded": (0.9 - 0.12 * u).clip(0.7, 1.05)}[obj.fill]
         canvas += alpha * (paint * light.astype(np.float32)[..., None] - canvas)
     return Image.fromarray((canvas.clip(0, 255) + 0.5).clip(0, 255).astype(np.uint8))
 
@@ -178,7 +179,8 @@ def _place(specs, relation, rng, height, width):
                 return None
             clear = min(abs(v - line) for v in (x, y) for line in (1 / 3, 2 / 3)) >= CELL_MARGIN
             here = PLACES[int(3 * y)][int(3 * x)]
-            taken = any(here == PLACES[int(3 * q)][int(3 * p)] or math.hypot((x - p) * width, (y - q) * height) < reach + r + 0.02 * s for p, q, r in placed)
+            taken = any(here == PLACES[int(3 * q)][int(3 * p)] or math.hypot((x - p) * width, (y - q) * height) < reach + r + 0.02 * s
+                        for p, q, r in placed)
             wrong = relation and len(placed) == 1 and (placed[0][0] - x) * dx + (placed[0][1] - y) * dy < RELATION_GAP
             if clear and not taken and not wrong and cell in (None, here):
                 placed.append((x, y, reach))
@@ -233,7 +235,8 @@ def details_for(scene, rng, style="dense"):
     """What a caption of this scene states: a frozenset of color, size, place, relation, background.
     dense: most of it, and never fewer than two of size, place, relation, background (the paper trains on dense
     captions alone). brief: only what the task is about, as people ask: "two red circles"."""
-    always = {"single_object": (), "two_object": (), "counting": ("color",) * (rng.random() < 0.5), "position": ("relation", "color")}.get(scene.task, ("color",))
+    always = {"single_object": (), "two_object": (), "counting": ("color",) * (rng.random() < 0.5),
+              "position": ("relation", "color")}.get(scene.task, ("color",))
     if scene.task == "position" and len({o.shape for o in scene.objects}) > 1 and rng.random() < 0.3:
         always = ("relation",)
     if style != "dense":
@@ -262,7 +265,8 @@ def facts(scene, details):
         found.append(Fact("relation", ref(a), relation_of(a, b), ref(b)))
     return found + [Fact("background", (None, None), scene.tone)] * ("background" in details)
 
-PLACE_WORDS = {place: (place, place.replace("at the", "in the") + " corner" if len(place.split()) == 4 else place) for row in PLACES for place in row}
+PLACE_WORDS = {place: (place, place.replace("at the", "in the") + " corner" if len(place.split()) == 4 else place)
+               for row in PLACES for place in row}
 PLACE_WORDS["in the center"] = ("in the center", "in the middle")
 plural = lambda shape: shape + ("es" if shape.endswith("s") else "s")
 listing = lambda parts: parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
@@ -380,7 +384,8 @@ def words_of(parts, row=None):
     """(captions, notes) of a sample: from its .txt, its .json or its row of the folder's JSON lines. Raises Fault."""
     try:
         notes = {**(row or {}), **(json.loads(read(parts[".json"]).decode("utf-8")) if ".json" in parts else {})}
-        found = [read(parts[".txt"]).decode("utf-8")] if ".txt" in parts else notes.get("captions") or notes.get("caption") or notes.get("text") or []
+        found = ([read(parts[".txt"]).decode("utf-8")] if ".txt" in parts else
+                 notes.get("captions") or notes.get("caption") or notes.get("text") or [])
         found = [" ".join(caption.split()) for caption in ([found] if isinstance(found, str) else found)]
     except UnicodeDecodeError:
         raise Fault("caption is not UTF-8") from None
@@ -392,8 +397,8 @@ def words_of(parts, row=None):
 
 # What a picture must be [paper: the filters, their order, the limits of area, aesthetic and duplicates; the other limits are ours].
 # "<": a picture below the limit is left out; ">": one above it.
-LIMITS = {"area": ("<", 384**2), "nsfw": (">", 0.5), "aesthetic": ("<", 3.0), "watermark": (">", 0.5), "blur": ("<", 15.0), "entropy": ("<", 3.0),
-          "dark": ("<", 0.06), "bright": (">", 0.97), "duplicate": (">", 0.985)}
+LIMITS = {"area": ("<", 384**2), "nsfw": (">", 0.5), "aesthetic": ("<", 3.0), "watermark": (">", 0.5), "blur": ("<", 15.0),
+          "entropy": ("<", 3.0), "dark": ("<", 0.06), "bright": (">", 0.97), "duplicate": (">", 0.985)}
 
 def measure(image):
     """What the filters look at: {area, blur, entropy, dark, bright}, and a unit vector [768] that is close for near duplicates: a
@@ -438,7 +443,8 @@ class Endpoint:
             time.sleep(wait if trial else 0)
             reason, wait = "", min(60.0, 2.0**trial * random.uniform(0.5, 1.0))    # 1, 2, 4, ... s, spread: workers must not return as one
             try:
-                with urllib.request.urlopen(urllib.request.Request(self.url + "/chat/completions", body, headers), timeout=self.timeout) as reply:
+                request = urllib.request.Request(self.url + "/chat/completions", body, headers)
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                     answer = json.load(reply)["choices"][0]["message"]["content"].strip()
                 with self.lock, open(self.journal or os.devnull, "a") as f:
                     self.known[name] = answer
@@ -457,9 +463,11 @@ class Endpoint:
     def ask(self, items, messages=lambda item: item):
         """[item] -> [answer or None], in order; messages: item -> its chat, made when its turn comes. self.failed: why some are None."""
         with ThreadPoolExecutor(self.workers) as pool:
-            return list(tqdm(pool.map(lambda item: self.one(messages(item)), items), total=len(items), desc=f"asking {self.model}", disable=len(items) < 2))
+            answers = pool.map(lambda item: self.one(messages(item)), items)
+            return list(tqdm(answers, total=len(items), desc=f"asking {self.model}", disable=len(items) < 2))
 
-ASK_CAPTION = "Describe this picture in one dense paragraph of about 100 English words: objects, number, colors, places, relations, background, style. Nothing else."
+ASK_CAPTION = ("Describe this picture in one dense paragraph of about 100 English words: objects, number, colors, places, relations, "
+               "background, style. Nothing else.")
 
 def chat_about(image, words):
     """Messages that show a picture (PIL, sent as a JPEG of at most 1024 pixels a side) beside words."""
@@ -544,7 +552,8 @@ def pack(args):
         faults.update(f"caption not written: {reason}" for reason in endpoint.failed)
     kept = [row for row in kept if not brief(row[2])]
     table.append((f"no caption of {args.min_words} words", len(kept)))
-    write_shards(((read(part), notes.pop("ending"), {**notes, "captions": captions, "source": key}) for key, part, captions, notes, _ in kept), out, args.shard_mb)
+    write_shards(((read(part), notes.pop("ending"), {**notes, "captions": captions, "source": key})
+                  for key, part, captions, notes, _ in kept), out, args.shard_mb)
     for (name, count), (_, before) in zip(table, table[:1] + table):
         print(f"{name:30} {count - before:8} {count:10}")
     print("".join(f"    {name:26} {count:8}\n" for name, count in sorted(faults.items()) if count), end="")
@@ -686,7 +695,8 @@ def cache(args):
                 images = torch.from_numpy(np.stack([image for image, *_ in found] or [np.zeros((h, w, 3), np.uint8)]))
                 tokens = vae.to_tokens(vae.encode(to_images(images).to(device))[0]).bfloat16().cpu().contiguous().view(torch.uint8)
                 for latent, (_, captions, notes) in zip(tokens.numpy(), found):
-                    yield latent.tobytes(), ".latent", {**notes, "captions": captions, "height": h, "width": w, "latent": [vae_hash, h, w], "key": key}
+                    yield latent.tobytes(), ".latent", {**notes, "captions": captions, "height": h, "width": w,
+                                                        "latent": [vae_hash, h, w], "key": key}
     for number, path in enumerate(tqdm(shards.paths, desc="caching", unit="shard")):
         target, key = out / Path(path).name, [file_hash(path), vae_hash, *map(list, shards.sizes), "centre"]
         with contextlib.suppress(OSError, ValueError, KeyError, Fault):
@@ -732,23 +742,30 @@ def draw_world(args):
     sheet([draw(scene, 128, 128) for scene, *_ in scenes]).save(args.out)
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="The toy world; and pictures of your own as tar shards to train on.", formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(description="The toy world; and pictures of your own as tar shards to train on.",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=__doc__[__doc__.index("    python"):__doc__.index("The paper trains")])
-    commands = {"world": (draw_world, "toy_world.png", None), "pack": (pack, "shards", "images"), "cache": (cache, "latents", "data"), "stats": (stats, "shards.png", "data")}
+    commands = {"world": (draw_world, "toy_world.png", None), "pack": (pack, "shards", "images"), "cache": (cache, "latents", "data"),
+                "stats": (stats, "shards.png", "data")}
     parser.add_argument("command", nargs="?", default="world", choices=commands, help="default: world, a contact sheet of the toy world")
     parser.add_argument("--out", metavar="PATH", help="world, stats: the contact sheet (PNG); pack, cache: a folder")
     some = parser.add_argument_group("pack")
-    some.add_argument("--images", metavar="DIR", help="pictures, with captions in .txt or .json beside them or in .jsonl with file_name; tars of such too")
-    some.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE", help="of a filter: " + ", ".join(f"{k} {s} {v:g}" for k, (s, v) in LIMITS.items()))
-    some.add_argument("--classifier", action="append", default=[], metavar="NAME=MODEL:LABEL", help="nsfw, aesthetic or watermark scores by an image classifier of transformers; else from columns of the metadata")
-    some.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible, up to /v1; writes captions that are missing or brief; its key is read from LENS_API_KEY")
+    some.add_argument("--images", metavar="DIR",
+                      help="pictures, with captions in .txt or .json beside them or in .jsonl with file_name; tars of such too")
+    some.add_argument("--limit", action="append", default=[], metavar="NAME=VALUE",
+                      help="of a filter: " + ", ".join(f"{k} {s} {v:g}" for k, (s, v) in LIMITS.items()))
+    some.add_argument("--classifier", action="append", default=[], metavar="NAME=MODEL:LABEL",
+                      help="nsfw, aesthetic or watermark scores by an image classifier of transformers; else from columns of the metadata")
+    some.add_argument("--endpoint", metavar="URL",
+                      help="OpenAI-compatible, up to /v1; writes captions that are missing or brief; its key is read from LENS_API_KEY")
     some.add_argument("--model", default="default", help="the endpoint's model")
     some.add_argument("--min-words", type=int, default=1, metavar="N", help="a shorter caption is brief (the paper's have about 109)")
     some.add_argument("--shard-mb", type=int, default=256)
     more = parser.add_argument_group("cache, stats")
     more.add_argument("--data", metavar="GLOB", help="the shards, say 'shards/*.tar'")
     more.add_argument("--weights", metavar="DIR", default=str(Path(__file__).resolve().parent / "weights" / "toy"), help="whose autoencoder")
-    more.add_argument("--bases", type=lambda s: [size for base in s.split(",") for size in buckets(int(base))], default="512,768,1024", metavar="N,N", help="areas of the buckets (default %(default)s)")
+    more.add_argument("--bases", type=lambda s: [size for base in s.split(",") for size in buckets(int(base))], default="512,768,1024",
+                      metavar="N,N", help="areas of the buckets (default %(default)s)")
     args = parser.parse_args(argv)
     (command, out, needed), args.out = commands[args.command], args.out or commands[args.command][1]
     try:
