@@ -457,6 +457,7 @@ SYSTEM = """Turn the user's request into one dense prompt for a text-to-image mo
 objects, numbers, colors, names, quoted text, relations; add only what was left open. Describe each of several subjects apart: its look, its place, how it stands to the others. Write out what
 follows from the request: if it shows the answer to 2+2, write "2+2=4". Then background, light, style, viewpoint. State things as they are: no maybe, no alternatives.
 Reply in the user's language with the prompt alone: one paragraph of about 100 words."""
+LONG = 2000                # characters of a request; a longer one is more than the text encoder reads, and needs no more words
 TOY_SYSTEM = " ".join([REWRITE] + [wordings[0] for wordings in GUIDELINES.values()])
 FINAL = r"(?s)<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?=<\|(?:end|return|start|channel|call)\|>|$)"        # harmony: the one channel for the user
 BARE = r"(?s)^.*assistantfinal|^(?:analysis|commentary)(?=[A-Z\"“]).*$"              # and what is left of harmony where special tokens were dropped
@@ -472,7 +473,7 @@ REFUSAL = (r"(?i)(?:i['’]?m (?:\w+ )?sorry|sorry,? (?:but )?i|i (?:can(?:no|['
 def clean(raw):
     """A language model's raw answer -> the one prompt in it, one paragraph; "" where there is none: empty, refused, cut off while it still reasoned."""
     text = (re.findall(FINAL, raw) or [""])[-1] if "<|channel|>" in raw else re.sub(BARE, "", raw.strip())
-    text = lens.strip_markers(re.sub(THINK, "", text))
+    text = lens.strip_markers(re.split(r"<\|(?:end|return|call|im_end|endoftext|eot_id)\|>", re.sub(THINK, "", text))[0])
     fence = re.search(r"(?s)```[\w-]*[ \t]*\n?(.*?)(?:```|$)", text)
     text = re.sub(CHATTER, "", (fence[1] if fence else text).strip())
     while lead := re.match(r"[^\n]{0,120}[:：][*_ ]*\n\s*", text):                # "Here is your prompt:", in any language
@@ -486,18 +487,22 @@ def clean(raw):
 
 
 ANY = lambda words: "(" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + ")"
-PLAIN, PLACED = {word: name for name, words in VAGUE.items() for word in words}, {words: place for place, both in data.PLACE_WORDS.items() for words in both}
+PLAIN = {word: name for name, words in VAGUE.items() for word in words}
+SPOT = {words: (x, y) for y, row in enumerate(data.PLACES) for x, place in enumerate(row) for words in data.PLACE_WORDS[place]}
 NOUN = rf"(?:(?:small|large) )?(?:{ANY(data.COLORS)} )?{ANY(data.SHAPES)}(?:es|s)?\b"
 
 
 def keeps(request, answer):
-    """The toy world's check: all words, numbers, colors and relations of the request stand in the answer, no object is added, no two share a place."""
+    """The toy world's check: all words, numbers, colors and relations of the request stand in the answer, which adds no object, and can be drawn."""
     plain = [re.sub(rf"(?<!to the )\b{ANY(PLAIN)}(e?s)?\b", lambda m: data.plural(PLAIN[m[1]]) if m[2] else PLAIN[m[1]], text.lower()) for text in (request, answer)]
     asked, found = ([(n.rstrip("n"), *noun) for n, *noun in re.findall(rf"\b(an?|two|three|four) {NOUN}", text)] for text in plain)
     wanted, said = (re.findall(rf"\b{NOUN}(?: is)? {ANY(data.RELATIONS)} (?:an?|the) {NOUN}", text) for text in plain)
-    (words, known), places = (set(re.findall(r"\w+", text)) for text in plain), [PLACED[p] for p in re.findall(rf"\b{ANY(PLACED)}\b", plain[1])]
+    (words, known), spots = (set(re.findall(r"\w+", text)) for text in plain), re.findall(rf"\b{ANY(SPOT)}\b", plain[1])
+    at = {(color, shape): SPOT[spot] for color, shape, spot in re.findall(rf"\b{NOUN}(?: is)? {ANY(SPOT)}\b", plain[1])}
     among = lambda claims, others: all(any(all(a in ("", b) for a, b in zip(claim, other)) for other in others) for claim in claims)
-    return len(asked) == len(found) > 0 and among(asked, found) and among(wanted, said) and words <= known | {"a", "an", "the", "and", "of"} and len(set(places)) == len(places)
+    possible = len({SPOT[s] for s in spots}) == len(spots) and all(sum((p - q) * d for p, q, d in zip(at[c, s], at[e, t], data.RELATIONS[r])) >= 0
+                                                                   for c, s, r, e, t in said if {(c, s), (e, t)} <= at.keys())
+    return len(asked) == len(found) > 0 and among(asked, found) and among(wanted, said) and words <= known | {"a", "an", "the", "and", "of"} and possible
 
 
 def encoder_writes(encoder, system, requests, seed, trial):
@@ -523,10 +528,11 @@ def encoder_writes(encoder, system, requests, seed, trial):
 def reason(writes, requests, system, seed=0, faithful=None, trials=8):
     """[request] -> [prompt]. writes(system, requests, seed, trial) -> raw answers, or None. What is empty, refused or not faithful(request, prompt)
     is asked for again from another seed; after the last trial the user's own words stand, and a notice says so."""
-    prompts, trial = {}, 0
-    while (left := [r for r in dict.fromkeys(requests) if r not in prompts]) and trial < trials:
+    prompts, trial, tell = {}, 0, lens.strip_markers
+    able = [r for r in dict.fromkeys(requests) if len(r) <= LONG and (faithful is None or faithful(tell(r), tell(r)))]            # what cannot be checked stays as it is
+    while (left := [r for r in able if r not in prompts]) and trial < trials:
         cleaned = [clean(raw or "") for raw in writes(system, left, seed, trial)]
-        prompts.update((r, p) for r, p in zip(left, cleaned) if p and (faithful is None or faithful(lens.strip_markers(r), p)))
+        prompts.update((r, p) for r, p in zip(left, cleaned) if p and (faithful is None or faithful(tell(r), p)))
         trial += 1
     if kept := {r for r in requests if r not in prompts}:
         print(f"note: no usable prompt from the reasoner for {len(kept)} of {len(set(requests))} requests, which stay as they are: {lens.some(kept)}", file=sys.stderr)
