@@ -510,10 +510,10 @@ def encoder_writes(encoder, system, requests, seed, trial):
     of each request's own seed to their scores, which is to sample at temperature 0.7, and the same in any batch."""
     lens.require(hasattr(encoder.model, "lm_head"), "this text encoder was stored without its head and cannot write: name another reasoner with --endpoint URL --model NAME")
     rows, answers = [], {}
+    template = re.sub(r"strftime_now\([^)]*\)", "current_date", encoder.tokenizer.get_chat_template())  # released ones ask for today's date: a prompt would drift
     for request in requests:
         chat = [{"role": role, "content": lens.strip_markers(words)} for role, words in (("system", system), ("user", request))]        # nothing leaves its turn
-        said = encoder.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, reasoning_effort="low", enable_thinking=False,
-                                                     current_date=encoder.date, strftime_now=lambda _: encoder.date)   # released templates ask for today's date
+        said = encoder.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True, reasoning_effort="low", enable_thinking=False, current_date=encoder.date)
         rows.append(encoder.tokenizer(said, add_special_tokens=False)["input_ids"])
     for length in set(map(len, rows)):                                             # equal lengths run together: no padding
         members = [i for i, row in enumerate(rows) if len(row) == length]
