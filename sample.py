@@ -168,12 +168,9 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
 
 def pick_device(name=None):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise LensError("--device cuda: no CUDA device was found; leave --device out to run on the CPU")
-    try:
+    lens.require(not name.startswith("cuda") or torch.cuda.is_available(), "--device cuda: no CUDA device was found; leave --device out to run on the CPU")
+    with lens.told(f"--device {name}: not a device; try cpu or cuda"):
         return str(torch.device(name))
-    except RuntimeError:
-        raise LensError(f"--device {name}: not a device; try cpu or cuda") from None
 
 
 def pick_dtype(device, name=None, width=128):
@@ -457,7 +454,6 @@ SYSTEM = """Turn the user's request into one dense prompt for a text-to-image mo
 objects, numbers, colors, names, quoted text, relations; add only what was left open. Describe each of several subjects apart: its look, its place, how it stands to the others. Write out what
 follows from the request: if it shows the answer to 2+2, write "2+2=4". Then background, light, style, viewpoint. State things as they are: no maybe, no alternatives.
 Reply in the user's language with the prompt alone: one paragraph of about 100 words."""
-LONG = 2000                # characters of a request; a longer one is more than the text encoder reads, and needs no more words
 TOY_SYSTEM = " ".join([REWRITE] + [wordings[0] for wordings in GUIDELINES.values()])
 FINAL = r"(?s)<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?=<\|(?:end|return|start|channel|call)\|>|$)"        # harmony: the one channel for the user
 BARE = r"(?s)^.*assistantfinal|^(?:analysis|commentary)(?=[A-Z\"“]).*$"              # and what is left of harmony where special tokens were dropped
@@ -474,10 +470,8 @@ def clean(raw):
     """A language model's raw answer -> the one prompt in it, one paragraph; "" where there is none: empty, refused, cut off while it still reasoned."""
     text = (re.findall(FINAL, raw) or [""])[-1] if "<|channel|>" in raw else re.sub(BARE, "", raw.strip())
     text = lens.strip_markers(re.split(r"<\|(?:end|return|call|im_end|endoftext|eot_id)\|>", re.sub(THINK, "", text))[0])
-    fence = re.search(r"(?s)```[\w-]*[ \t]*\n?(.*?)(?:```|$)", text)
-    text = re.sub(CHATTER, "", (fence[1] if fence else text).strip())
-    while lead := re.match(r"[^\n]{0,120}[:：][*_ ]*\n\s*", text):                # "Here is your prompt:", in any language
-        text = text[lead.end():]
+    text = re.sub(CHATTER, "", (fence[1] if (fence := re.search(r"(?s)```[\w-]*[ \t]*\n?(.*?)(?:```|$)", text)) else text).strip())
+    text = re.sub(r"\A(?:[^\n]{0,120}[:：][*_ ]*\n\s*)+", "", text)              # "Here is your prompt:", in any language
     starts = [m.start() for m in re.finditer(ITEM, text)]
     text = re.sub(ITEM, "", text[:starts[1]]) if len(starts) > 1 and starts[0] == 0 else text          # several to choose from: the first
     text = " ".join(re.sub(LABEL, "", re.sub(r"(?m)^\s*(?:[-*•]|#+)\s+", "", text)).split())
@@ -525,11 +519,12 @@ def encoder_writes(encoder, system, requests, seed, trial):
     return [answers[i] for i in range(len(rows))]
 
 
-def reason(writes, requests, system, seed=0, faithful=None, trials=8):
+def reason(writes, requests, system, seed=0, faithful=None, trials=8, longest=2000):
     """[request] -> [prompt]. writes(system, requests, seed, trial) -> raw answers, or None. What is empty, refused or not faithful(request, prompt)
-    is asked for again from another seed; after the last trial the user's own words stand, and a notice says so."""
+    is asked for again from another seed; after the last trial the user's own words stand, and a notice says so. So do requests of more than `longest`
+    characters: the text encoder reads no more than that."""
     prompts, trial, tell = {}, 0, lens.strip_markers
-    able = [r for r in dict.fromkeys(requests) if len(r) <= LONG and (faithful is None or faithful(tell(r), tell(r)))]            # what cannot be checked stays as it is
+    able = [r for r in dict.fromkeys(requests) if len(r) <= longest and (faithful is None or faithful(tell(r), tell(r)))]            # what cannot be checked stays as it is
     while (left := [r for r in able if r not in prompts]) and trial < trials:
         cleaned = [clean(raw or "") for raw in writes(system, left, seed, trial)]
         prompts.update((r, p) for r, p in zip(left, cleaned) if p and (faithful is None or faithful(tell(r), p)))
@@ -661,8 +656,7 @@ def arguments(argv):
     score.add_argument("--per-task", type=int, default=50, help="prompts a task")
     score.add_argument("--requests", choices=("dense", "brief", "vague"), default="dense", help="how the held-out scenes are asked for")
     args = parser.parse_args(argv)
-    if args.steps is not None and args.steps < 1 or args.num < 1 or args.per_task < 2:
-        raise LensError("--steps and --num must be at least 1, --per-task at least 2")
+    lens.require(min(args.steps or 1, args.num) > 0 and args.steps != 0 and args.per_task > 1, "--steps and --num must be at least 1, --per-task at least 2")
     lens.require(0 < args.strength <= 1, f"--strength {args.strength}: must be above 0 and at most 1")
     lens.require(args.size in (None, *lens.SIZES), f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
     if not args.eval and not args.prompt and not args.prompts_file:
@@ -678,8 +672,7 @@ def main(argv=None):
     folder = lens.fetch(args.weights, ("transformer", "vae", "text_encoder"))
     files, config = lens.locate(folder, "transformer")
     notes = lens.read_metadata(folder)
-    if args.size and config and lens.LensConfig.from_dict(config) != lens.SIZES[args.size].transformer:
-        raise LensError(f"--size {args.size}: the weights in {args.weights} are of another size")
+    lens.require(not (args.size and config) or lens.LensConfig.from_dict(config) == lens.SIZES[args.size].transformer, f"--size {args.size}: the weights in {args.weights} are of another size")
     args.steps, args.guidance = settings(notes, args.steps, args.guidance)
     height, width = pick_size(args.height, args.width, args.aspect, args.base or int(notes.get("base", BASE)))
     dtype, why = pick_dtype(device, args.dtype, (config or {}).get("inner_dim", 1536))
