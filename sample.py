@@ -11,19 +11,22 @@ without `--weights` it takes the toy that the repository ships, which runs on an
     python sample.py --prompt "..." --weights DIR_OR_REPO --base 1440       # the released model
     python sample.py --prompt "a couple of crimson discs" --reason          # put first into words like those of the captions
     python sample.py --eval                                                 # the six tasks on the toy world
+    python sample.py --bench                                                # what a picture costs, beside a naive sampler
 
 The sampler is Euler's method on dx/dt = v(x, t), from noise at t = 1 to data at t = 0 [paper]. With guidance g the model
 runs twice a step, with the prompt and without any, and the step goes along u + g (c - u), scaled back to the length of
 c [checkpoint]. Prompts of unequal length never share a batch: nothing is padded, so no attention needs a mask, and a
 picture is the same whatever was made beside it.
 """
-import argparse, colorsys, contextlib, functools, hashlib, json, math, os, re, sys, time, warnings
+import argparse, colorsys, contextlib, copy, functools, hashlib, json, math, os, re, resource, sys, time, warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, PngImagePlugin
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -36,6 +39,9 @@ TOY = HERE / "weights" / "toy"
 STEPS, GUIDANCE, BASE = 20, 5.0, 1024     # [checkpoint] where weights do not say otherwise
 TOY_BASE = 96                              # [ours] the toy's own size: pictures of 96 x 96 where nothing else is said
 MAX_AREA = 1440**2                         # [paper] the largest area it generalises to, untrained
+TOGETHER = 512                             # [ours] image tokens up to which guidance's two branches share a forward
+TRICKS = ("exact length", "bare unconditional branch", "shared forward", "modulation once", "compiled", "channels last")         # --bench takes each away
+LIMIT = 415                                # [checkpoint] the most text tokens that a prompt has: 512 less the 97 of the chat before it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,7 +55,7 @@ def guide(cond, uncond, guidance):
 
 
 @torch.no_grad()
-def denoise(model, noise, text, text_mask, grid, steps, guidance, on_step=None, negative=None, negative_mask=None, start=0):
+def denoise(model, noise, text, text_mask, grid, steps, guidance, on_step=None, negative=None, negative_mask=None, start=0, together=TOGETHER):
     """Euler's method from noise to tokens.
 
     noise       [B, h*w, C] fp32, the state at sigma[start]: plain noise for start 0
@@ -66,11 +72,13 @@ def denoise(model, noise, text, text_mask, grid, steps, guidance, on_step=None, 
     uncond = model.prepare(negative, negative_mask, grid) if guidance != 1.0 else None
     modulation = model.modulation(levels[:-1].to(noise.device))
     x = noise.float()                                                              # the state stays fp32: twenty small sums
+    # Branches that differ in the text alone share one forward while they are small: half the calls, every weight read once.
+    shared = uncond is not None and uncond.txt is None and cond.txt is not None and len(x) * x.shape[1] <= together
     for i in range(start, steps):
         now = modulation.at(i)
-        v = model.velocity_from(x.to(dtype), now, cond).float()                    # [B, N, C]
+        v, *u = model.velocity_from((torch.cat([x, x]) if shared else x).to(dtype), now, cond).float().split(len(x))       # [B, N, C] each
         if uncond is not None:
-            v = guide(v, model.velocity_from(x.to(dtype), now, uncond).float(), guidance)
+            v = guide(v, u[0] if shared else model.velocity_from(x.to(dtype), now, uncond).float(), guidance)
         x = x + (levels[i + 1] - levels[i]).item() * v
         if on_step:
             on_step(i, x, v)
@@ -121,10 +129,7 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
     images      one PIL image a prompt to start from, noised to `strength` (1: all noise, as if there were none)"""
     notes = lens.read_metadata(weights) if pipeline is None else {}
     steps, guidance = settings(notes, steps, guidance)
-    if pipeline is None:
-        device = pick_device()
-        pipeline = lens.load_pipeline(weights, device, pick_dtype(device)[0])
-    transformer, vae, encoder = pipeline
+    transformer, vae, encoder = pipeline or lens.load_pipeline(weights, device := pick_device(), pick_dtype(device)[0])
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
     device = transformer.proj_out.weight.device
@@ -137,7 +142,7 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
         groups.setdefault(0 if f is None else f.shape[1], []).append(i)
     batches = [members[k:k + batch_size] for members in groups.values() for k in range(0, len(members), batch_size)]
     start = min(steps - 1, steps - max(1, round(steps * strength))) if images else 0
-    results = [None] * len(prompts)
+    results = {}
     bar = tqdm(total=len(batches) * (steps - start), desc="denoise", unit="step", disable=not progress, leave=False)
     for batch in batches:
         noise = torch.cat([picture_noise(seeds[i], grid, transformer.config.in_channels) for i in batch]).to(device)
@@ -145,22 +150,71 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
             begin = from_pil([images[i].resize((width, height), Image.LANCZOS) for i in batch])
             x0 = vae.to_tokens(vae.encode(begin.to(device, next(vae.parameters()).dtype))[0]).float()
             noise = lens.add_noise(x0, noise, lens.sigmas(noise.shape[1], steps)[start].item())
-        text = unwanted = None                                                     # K x [B, S, E] each, or no text at all
-        if features[batch[0]] is not None:
-            text = list(torch.stack([features[i] for i in batch], 1).to(device))
-        if negative_features is not None:
-            unwanted = [layer.expand(len(batch), -1, -1) for layer in negative_features.to(device)]
-
-        def step(i, x, v):
-            bar.update()
-            if on_step:
-                on_step(i, x, v)
+        text = None if features[batch[0]] is None else list(torch.stack([features[i] for i in batch], 1).to(device))       # K x [B, S, E], or no text at all
+        unwanted = None if negative_features is None else [layer.expand(len(batch), -1, -1) for layer in negative_features.to(device)]
+        step = lambda *now: (bar.update(), on_step(*now) if on_step else None)
         tokens = denoise(transformer, noise, text, None, grid, steps, guidance, step, unwanted, None, start)
-        pixels = vae.decode(vae.to_latent(tokens, grid).to(next(vae.parameters()).dtype))
-        for i, image in zip(batch, autoencoder.to_pil(pixels)):
-            results[i] = image
+        results.update(zip(batch, autoencoder.to_pil(vae.decode(vae.to_latent(tokens, grid).to(next(vae.parameters()).dtype)))))
     bar.close()
-    return results
+    return [results[i] for i in range(len(prompts))]
+
+
+def race(runners, rounds, device):
+    """{name: [seconds of the first run, median of the others, the others' results]} of runners {name: function}, taken in turn, so that
+    whatever else the machine does meets all of them alike. The first run compiles and warms up."""
+    wait, seconds, made = torch.cuda.synchronize if device != "cpu" else lambda: None, {name: [] for name in runners}, {}
+    for name, run in [*runners.items()] * (rounds + 1):
+        begin = (wait(), time.perf_counter())[1]
+        made[name] = run()
+        seconds[name].append((wait(), time.perf_counter())[1] - begin)
+    return {name: (s[0], float(np.median(s[1:])), made[name]) for name, s in seconds.items()}
+
+
+def attempt(model, vaes, features, noise, grid, steps, guidance, without=(), pad=LIMIT):
+    """(tokens, pixels) by all of TRICKS but some. With none it is what one writes first: text padded to `pad` and masked in both branches,
+    each block's modulation made anew in every step, nothing compiled. features [K, S, E]; vaes: the plain one, the one in channels last."""
+    S, on, model = features.shape[1], lambda trick: trick not in without, copy.copy(model)
+    rows = S if on("exact length") else max(S, pad)
+    text = [F.pad(layer, (0, 0, 0, rows - S)).expand(len(noise), -1, -1) for layer in features[:, None]]           # K x [B, rows, E]
+    seen = (torch.arange(rows, device=noise.device) < S).expand(len(noise), -1)
+    other = (None, None) if on("bare unconditional branch") else (text, torch.zeros_like(seen))
+    if not on("modulation once"):
+        model.modulation = lambda t: lens.Modulation(time := model.time(t), (None,) * len(model.transformer_blocks), model.norm_out["linear"](F.silu(time)))
+    with torch.compiler.set_stance("default" if on("compiled") else "force_eager"):
+        tokens = denoise(model, noise, text, None if on("exact length") else seen, grid, steps, guidance, None, *other, 0, TOGETHER * on("shared forward"))
+        return tokens, (vae := vaes[on("channels last")]).decode(vae.to_latent(tokens, grid).to(features.dtype))
+
+
+@torch.no_grad()
+def bench(args, device):
+    """A JSON line a case: seconds from features (toy: from the prompt) to pixels, ours beside the naive one padded to LIMIT and a `tight` one, masked
+    but not padded; predicted_s: the first case's by FLOPs; without_...: times what all tricks but that one take. Random weights, but for the toy."""
+    name, side = (f"cpu, {torch.get_num_threads()} threads", 1024) if device == "cpu" else (torch.cuda.get_device_name(), 8192)
+    for size in [args.size] if args.size else ["toy", "small", *["full"] * (device != "cpu")]:
+        dtype, _ = pick_dtype(device, args.dtype, lens.SIZES[size].transformer.inner_dim)
+        with torch.device(device):
+            big, model, vae, encoder = torch.randn(side, side).to(dtype), *(lens.load_pipeline(TOY, device, dtype) if size == "toy" else (
+                lens.LensTransformer(lens.SIZES[size].transformer).to(dtype), autoencoder.LensVAE(lens.SIZES[size].vae).eval().to(dtype), None))
+        vaes = copy.deepcopy(vae).to(memory_format=torch.contiguous_format), vae.to(memory_format=torch.channels_last)
+        lens.quicken(model, vae) if args.compile else None
+        n, (low, mid, high) = args.steps or STEPS, (32, 64, 90) if size == "full" else (8, 16, 32)
+        for k, (h, batch, steps, g, S) in enumerate([(mid, 1, n, GUIDANCE, 128), *((h, 1, n, GUIDANCE, 128) for h in (low, high)), (mid, 4, n, GUIDANCE, 128),
+                                                     *((mid, 1, 4, g, 128) for g in (GUIDANCE, 1.0)), *((mid, 1, n, GUIDANCE, S) for S in (32, LIMIT))]):
+            given = torch.randn(len(model.txt_norm), S, model.config.enc_hidden_dim).to(device, dtype)             # 128: the paper's captions have 109 words
+            read = lambda: encode(encoder, ["a red circle to the left of a blue square"])[0] if encoder and S == 128 else given
+            noise = torch.cat([picture_noise(i, (h, h), model.config.in_channels) for i in range(batch)]).to(device)
+            go = lambda *without, pad=LIMIT: lambda: attempt(model, vaes, read(), noise, (h, h), steps, g, without, pad)
+            with FlopCounterMode(display=False) as counter:
+                go("compiled")()
+            table = {f"without_{trick.replace(' ', '_')}": go(trick) for trick in TRICKS if k == 0 and (args.compile or trick != "compiled")}
+            found = race({"ours": go(), "naive": go(*TRICKS), "tight": go(*TRICKS, pad=0), "matmul": lambda: big @ big, **table}, 3, device)
+            (cold, ours, (a, _)), (_, naive, (b, _)), work, peak = found["ours"], found["naive"], counter.get_total_flops(), 2 * side**3 / found["matmul"][1]
+            per_flop = ours / work if k == 0 else per_flop
+            row = dict(size=size, device=name, dtype=str(dtype)[6:], compiled=args.compile, pixels=f"{16 * h}x{16 * h}", image_tokens=h * h, text_tokens=read().shape[1], batch=batch,
+                       steps=steps, guidance=g, warm_up=1, rounds=3, cold_s=cold, ours_s=ours, naive_s=naive, ratio=naive / ours, tight_s=found["tight"][1], tight_ratio=found["tight"][1] / ours,
+                       predicted_s=per_flop * work, tflops=work / ours / 1e12, matmul_tflops=peak / 1e12, peak_share=work / ours / peak, peak_memory_gib=(torch.cuda.max_memory_allocated() if device != "cpu" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30,
+                       difference=((a - b).norm() / b.norm()).item(), **{name: found[name][1] / ours for name in table})
+            print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,14 +234,9 @@ def pick_dtype(device, name=None, width=128):
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[name], "as asked"
     if device != "cpu":
         return torch.bfloat16, "the GPU's fast type"
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(512, width).to(dtype), torch.randn(width, 4 * width).to(dtype)
-        for trial in range(4):                                                     # the first one or two set up the kernels
-            begin = time.perf_counter()
-            a @ b
-            seconds[dtype] = min(seconds.get(dtype, 9e9) if trial else 9e9, time.perf_counter() - begin)
-    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    product = lambda dtype: functools.partial(torch.matmul, torch.randn(512, width).to(dtype), torch.randn(width, 4 * width).to(dtype))
+    seconds = race({dtype: product(dtype) for dtype in (torch.float32, torch.bfloat16)}, 9, device)
+    ratio = seconds[torch.float32][1] / seconds[torch.bfloat16][1]
     return (torch.bfloat16 if ratio > 1.5 else torch.float32), f"bf16 products run {ratio:.1f}x as fast as fp32 here"
 
 
@@ -561,11 +610,8 @@ def sampled(seed, epoch, index, height, width, task=None, style="dense"):
 
 def held_out(task, count, height, width, style="dense"):
     """[(scene, facts, prompt)] of one task that no training run draws."""
-    rows = []
-    for i in range(count):
-        scene, details, prompt = sampled(EVAL_SEED, data.TASKS.index(task), i, height, width, task, style)
-        rows.append((scene, data.facts(scene, details), prompt))
-    return rows
+    drawn = (sampled(EVAL_SEED, data.TASKS.index(task), i, height, width, task, style) for i in range(count))
+    return [(scene, data.facts(scene, details), prompt) for scene, details, prompt in drawn]
 
 
 @torch.no_grad()
@@ -643,6 +689,7 @@ def arguments(argv):
     model.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")
     model.add_argument("--dtype", choices=("fp32", "bf16"), help="default: the faster one, measured on a CPU")
     model.add_argument("--date", default=lens.DATE, help=f"written into the chat around the prompt; frozen at {lens.DATE} so that a seed keeps its picture")
+    model.add_argument("--compile", action="store_true", help="faster after a minute or more: for many pictures (on a CPU needs a C++ compiler)")
     words = parser.add_argument_group("the reasoner")
     words.add_argument("--reason", action="store_true", help="rewrite each prompt into a dense one first, as the pictures' captions in training were")
     words.add_argument("--system-prompt", metavar="FILE", help="what the reasoner is told (default: the project's own; rl.py --search finds others)")
@@ -653,13 +700,14 @@ def arguments(argv):
     out.add_argument("--cache", default=str(Path.home() / ".cache" / "lens"), help="folder for prompt features, '' for none")
     score = parser.add_argument_group("score")
     score.add_argument("--eval", action="store_true", help="the six-task table on held-out scenes; the last line is JSON")
+    score.add_argument("--bench", action="store_true", help="our path beside a naive one, a JSON line a case; --size, --steps, --dtype and --compile narrow it")
     score.add_argument("--per-task", type=int, default=50, help="prompts a task")
     score.add_argument("--requests", choices=("dense", "brief", "vague"), default="dense", help="how the held-out scenes are asked for")
     args = parser.parse_args(argv)
     lens.require(min(args.steps or 1, args.num) > 0 and args.steps != 0 and args.per_task > 1, "--steps and --num must be at least 1, --per-task at least 2")
     lens.require(0 < args.strength <= 1, f"--strength {args.strength}: must be above 0 and at most 1")
     lens.require(args.size in (None, *lens.SIZES), f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
-    if not args.eval and not args.prompt and not args.prompts_file:
+    if not args.eval and not args.bench and not args.prompt and not args.prompts_file:
         raise LensError("nothing to do: give --prompt, --prompts-file or --eval (--help explains)")
     lens.require(all(p.strip() for p in args.prompt or []), "--prompt is empty: say what the picture should show")
     lens.require(args.reason or not (args.system_prompt or args.endpoint), "--system-prompt and --endpoint tell the reasoner what to do: add --reason")
@@ -669,6 +717,8 @@ def arguments(argv):
 def main(argv=None):
     args = arguments(argv)
     device = pick_device(args.device)
+    if args.bench:
+        return bench(args, device)
     folder = lens.fetch(args.weights, ("transformer", "vae", "text_encoder"))
     files, config = lens.locate(folder, "transformer")
     notes = lens.read_metadata(folder)
@@ -690,6 +740,7 @@ def main(argv=None):
         transformer, vae, _ = lens.load_pipeline(folder, device, dtype, parts=("transformer", "vae"))
         if args.lora:
             print(f"LoRA: {lens.load_lora(transformer, args.lora, args.lora_strength)} layers changed")
+        lens.quicken(transformer, vae) if args.compile else None
         return transformer, vae
 
     if args.eval:

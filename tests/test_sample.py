@@ -78,8 +78,10 @@ def test_guidance_one_is_one_forward_a_step_and_no_guidance(nano):
             x = lens.euler_step(x, model(x, levels[i].expand(2), text, None, (3, 4)), levels[i], levels[i + 1])
     assert relative(plain, x) < 1e-5
     calls.clear()
-    sample.denoise(model, noise, text, None, (3, 4), 4, 3.0)
+    sample.denoise(model, noise, text, None, (3, 4), 4, 3.0, together=0)
     assert len(calls) == 8
+    sample.denoise(model, noise, text, None, (3, 4), 4, 3.0)       # small enough for both branches in one forward
+    assert len(calls) == 12
 
 
 def test_guided_velocity_keeps_the_length_of_the_conditional_one():
