@@ -60,7 +60,7 @@ class Settings(NamedTuple):
 
 
 SETTINGS = {"nano": Settings(train.Stage((64, 96), (8, 4), 20, 1e-4, (48, 24)), 1e-4, 1e-3, 5.0, 0.9),
-            "toy": Settings(train.Stage((64, 96, 128), (32, 32, 16), 400, 1e-5, (300, 3000, 300)), 5e-5, 5e-4, 5.0, 0.98),      # [ours]
+            "toy": Settings(train.Stage((64, 96, 128), (16, 16, 8), 400, 1e-5, (300, 3000, 300)), 5e-5, 5e-4, 5.0, 0.98),      # [ours]
             "full": Settings(train.Stage((512, 768, 1024), (4, 4, 4), 1000, 5e-7), 5e-7, 1e-4, 5.0, 0.98)}                     # [paper] but the average
 LORA_LR = 20.0           # [ours] an adapter's rates against those of whole weights: its B starts at zero and its product is small
 
@@ -311,8 +311,8 @@ def critic_update(args, batch, optimizers):
 def student_update(args, batch, optimizers):
     """0.1 (L_DM + L_CA) + 0.001 L_G. The forces are gathered at y, and then go through the student in one backward pass: so each can be
     measured, and no adapter is switched between a forward pass and its recomputation. -> what the log tells."""
-    y, total, row = student_predicts(args, batch), 0.0, {}
-    leaf = y.detach().requires_grad_()
+    y, row = student_predicts(args, batch), {}
+    leaf, total = y.detach().requires_grad_(), y.new_zeros(())
     with torch.no_grad(), autocast(args):
         x, _, t = noised(args, batch, leaf)
         v_teacher = act(args, "teacher")(x, t, *batch.given).float()
@@ -325,8 +325,8 @@ def student_update(args, batch, optimizers):
         ca = normalised(ca_gradient(v_cond, v_uncond, t, args.guidance), leaf, lens.data_prediction(x, v_cond, t))
     for name, force in (("dm", dm), ("ca", ca)):
         row[name] = force.abs().mean().item()                                      # against mean|y - x0^_T|, the teacher's own
-        total = total + (PULL * pull(leaf, force) if name not in args.without else 0.0)
-    (at_y,) = torch.autograd.grad(total, leaf) if torch.is_tensor(total) else (torch.zeros_like(leaf),)
+        total = total + (name not in args.without) * PULL * pull(leaf, force)
+    (at_y,) = torch.autograd.grad(total, leaf)
     size = at_y.norm().item()
     if "gan" not in args.without:
         x, _, t = noised(args, batch, leaf)
@@ -335,14 +335,14 @@ def student_update(args, batch, optimizers):
         loss = F.softplus(-judge(args.heads, features)).mean()
         (from_heads,) = torch.autograd.grad(GAN * loss, leaf)
         row.update(gan_loss=loss.item(), gan=from_heads.norm().item() / max(size, 1e-12))      # against the other two together
-        total, at_y = total + GAN * loss.detach(), at_y + from_heads
+        total, at_y = total + GAN * loss, at_y + from_heads
     act(args, "student")
     y.backward(at_y)
     norm = descend(args, optimizers["student"])
     if "ida" not in args.without:
         follow(weights(args, "fake").values(), weights(args, "student").values(), IDA)
     spread = lambda x: x.var(0, correction=0).mean().sqrt().item()                 # over the batch: 0 where all pictures are one
-    return {"loss": float(total), **row, "grad_norm": norm, "spread": spread(leaf.detach()), **({} if batch.real is None else {"spread_real": spread(batch.real)})}
+    return {"loss": total.detach().item(), **row, "grad_norm": norm, "spread": spread(leaf.detach()), **({} if batch.real is None else {"spread_real": spread(batch.real)})}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
