@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
 import data
@@ -87,11 +87,14 @@ def draw_levels(count, levels, below, rng):
 def simulate(model, noise, text, mask, grid, k):
     """The first k steps of the student's sampler, to the bit what `sample.denoise` does with STEPS steps and guidance 1: so the student
     learns on states that it will meet. noise [B, N, C], text K x [B, S, E] -> [B, N, C] at levels[k]."""
-    levels, x = lens.sigmas(noise.shape[1], STEPS), noise.float()
-    if k:
+    levels, x, gathered = lens.sigmas(noise.shape[1], STEPS), noise.float(), isinstance(model, FSDPModule)
+    if k and not gathered:
         context, modulation = model.prepare(text, mask, grid), model.modulation(levels[:-1].to(noise.device))
     for i in range(k):
-        v = model.velocity_from(x.to(model.proj_out.weight.dtype), modulation.at(i), context).float()      # [B, N, C]
+        if gathered:                                       # FSDP gathers weights for forward alone, which may round otherwise
+            v = model(x, levels[i].expand(len(x)).to(x.device), text, mask, grid).float()
+        else:
+            v = model.velocity_from(x.to(model.proj_out.weight.dtype), modulation.at(i), context).float()      # [B, N, C]
         x = x + (levels[i + 1] - levels[i]).item() * v
     return x
 
@@ -215,10 +218,9 @@ def make_nets(args, folder, dtype):
             policy = MixedPrecisionPolicy() if who == "teacher" else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
             for block in model.transformer_blocks:
                 fully_shard(block, mp_policy=policy)
-                register_fsdp_forward_method(block, "modulation")
             fully_shard(model, mp_policy=policy)
-            for method in ("prepare", "modulation", "velocity_from", "tapped"):    # gather weights as forward does
-                register_fsdp_forward_method(model, method)
+            register_fsdp_forward_method(model, "tapped")                          # it gathers weights as forward does
+    args.trained = {who: weights(args, who) for who in ("student", "fake", "ema")}             # now: gathered weights would go by the same names
 
 
 def descend(args, optimizer):
@@ -340,7 +342,7 @@ def student_update(args, batch, optimizers):
     y.backward(at_y)
     norm = descend(args, optimizers["student"])
     if "ida" not in args.without:
-        follow(weights(args, "fake").values(), weights(args, "student").values(), IDA)
+        follow(args.trained["fake"].values(), args.trained["student"].values(), IDA)
     spread = lambda x: x.var(0, correction=0).mean().sqrt().item()                 # over the batch: 0 where all pictures are one
     return {"loss": total.detach().item(), **row, "grad_norm": norm, "spread": spread(leaf.detach()), **({} if batch.real is None else {"spread_real": spread(batch.real)})}
 
@@ -375,7 +377,7 @@ def updates(args, source, stage, first, last):
 
 def resumable(args, optimizers):
     """{name: tensor} of all that a resume needs."""
-    found = {f"{who}.{name}": p for who in ("student", "fake", "ema") for name, p in weights(args, who).items()} | {f"heads.{name}": p for name, p in args.heads.named_parameters()}
+    found = {f"{who}.{name}": p for who in ("student", "fake", "ema") for name, p in args.trained[who].items()} | {f"heads.{name}": p for name, p in args.heads.named_parameters()}
     return {name: t.detach() for name, t in found.items()} | {f"optimizer.{name}": t for name, t in train.optimizer_tensors(optimizers.values(), found).items()}
 
 
@@ -478,13 +480,13 @@ def distill(args):
         torch.backends.cuda.enable_flash_sdp(False)                                # as in train.py: slow on short sequences
     adam = lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
     rates = {"student": args.lr, "fake": args.lr * how.fake_lr / how.stage.lr, "heads": how.heads_lr}
-    optimizers = {who: adam([*(args.heads.parameters() if who == "heads" else weights(args, who).values())], lr) for who, lr in rates.items()}
+    optimizers = {who: adam([*(args.heads.parameters() if who == "heads" else args.trained[who].values())], lr) for who, lr in rates.items()}
     state = resume(args, optimizers)
     for who, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = rates[who]
     state["bf16"] = dtype == torch.bfloat16 if state["bf16"] is None else state["bf16"]               # a resumed run keeps to what it began with
     args.bf16, log, notice = state["bf16"], train.Log(out, state["step"]) if args.rank == 0 else None, train.on_notice()
-    count = sum(p.numel() for p in weights(args, "student").values())
+    count = sum(p.numel() for p in args.trained["student"].values())
     args.say(f"{args.size}: {'LoRA of rank ' + str(args.lora) if args.lora else 'all weights'}, {count:,} parameters each in student and fake, {sum(p.numel() for p in args.heads.parameters()):,} in the heads, "
              f"on {args.ranks} x {args.device}; fp32 weights, {'bf16' if args.bf16 else 'fp32'} compute: {why}\nwithout: {', '.join(sorted(args.without)) or 'nothing'}; guidance {args.guidance:g}")
     if args.rank > 0:
@@ -504,7 +506,7 @@ def distill(args):
             continue
         row = mean_over_ranks(args, {**student_update(args, batch, optimizers), **critic, "notice": len(notice)})
         state["step"] += 1
-        follow(weights(args, "ema").values(), weights(args, "student").values(), 1 - min(how.average, (1 + state["step"]) / (10 + state["step"])))
+        follow(args.trained["ema"].values(), args.trained["student"].values(), 1 - min(how.average, (1 + state["step"]) / (10 + state["step"])))
         state["seconds"] += time.perf_counter() - begin
         stop, due = row.pop("notice") > 0, lambda every: every and (state["step"] % every == 0 or state["step"] == args.steps)
         if due(args.eval_every) and not args.data:

@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,14 +147,12 @@ def test_simulation_is_the_samplers_prefix_to_the_bit(grid, length):
 
 @pytest.fixture(scope="module")
 def base(parts, tmp_path_factory):
-    """A nano model with all its parts. Its gates are opened: six steps after adaLN-zero, it would hardly see its text."""
-    out = tmp_path_factory.mktemp("base")
-    train.main(["--size", "nano", "--parts", str(parts), "--out", str(out), "--steps", "6", "--preview-every", "0"])
-    model = lens.load_transformer(out, "cpu", torch.float32)
+    """A nano model over the parts. Its gates are opened: fresh from adaLN-zero, it would not see its text."""
+    out, model = tmp_path_factory.mktemp("base"), lens.build("nano")
     torch.manual_seed(0)
     with torch.no_grad():
         [p.add_(0.05 * torch.randn(p.shape)) for p in model.parameters()]
-    lens.save_pipeline(out, model, metadata=lens.read_metadata(out))
+    lens.save_pipeline(out, model, metadata={"words": "[]"}, base=os.path.relpath(parts, out))
     return out
 
 
@@ -168,6 +167,9 @@ FLAGS = ["--size", "nano", "--eval-every", "0", "--preview-every", "0", "--save-
 
 
 def go(base, out, *flags):
+    Path(out).mkdir(exist_ok=True)
+    for world in list(base.glob("world.safetensors")):                             # drawn once: most of a short run's time
+        shutil.copy(world, out)
     distill.main([*FLAGS, "--teacher", str(base), "--out", str(out), *flags])
     return rows(out)
 
@@ -180,6 +182,7 @@ def rows(out):
 def whole(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     go(base, out, "--steps", "5")
+    shutil.copy(out / "world.safetensors", base)
     return out
 
 
@@ -198,11 +201,13 @@ def alike(a, b):
 def test_a_run_that_is_killed_and_told_to_stop_goes_on_to_the_bit(base, whole, tmp_path):
     (tmp_path / "run.py").write_text("import sys, torch, sample, distill\nsample.pick_dtype = lambda *a: (torch.float32, '')\nsample.run(lambda: distill.main(sys.argv[1:]))\n")
     out, log = tmp_path / "out", tmp_path / "out" / "metrics.jsonl"
+    out.mkdir()
+    shutil.copy(base / "world.safetensors", out)
     for how, until in ((signal.SIGKILL, 1), (signal.SIGTERM, 2)):
         run = subprocess.Popen([sys.executable, tmp_path / "run.py", *FLAGS, "--teacher", str(base), "--out", str(out), "--steps", "5"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())})
         while run.poll() is None and (not log.exists() or log.read_text().count("\n") < until):
-            time.sleep(0.005)
+            time.sleep(0.02)
         run.send_signal(how)
         said = run.communicate()[0].decode()
         assert run.returncode == (0 if how == signal.SIGTERM else -9) and ("SIGTERM: saved" in said) == (how == signal.SIGTERM or run.returncode == 0)
@@ -300,7 +305,8 @@ def test_every_weight_of_the_student_gets_a_gradient_and_the_teacher_none(base, 
     """In one autocast context the casts of the simulation, made without gradient, would be kept for the forward pass: no gradient, no error."""
     args, batch, optimizers = stage(base, bf16=bf16)
     distill.student_predicts(args, batch).square().sum().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in distill.weights(args, "student").items())
+    idle = {name for name, p in distill.weights(args, "student").items() if not (p.grad is not None and p.grad.abs().sum() > 0)}
+    assert idle == {"transformer_blocks.1.attn.norm_added_q.weight"}                           # the last block's text queries: nobody reads what they find
     distill.critic_update(args, batch, optimizers)
     distill.student_update(args, batch, optimizers)
     assert all(p.grad is None for p in args.nets["teacher"].parameters()) and all(p.grad is None for p in distill.weights(args, "fake").values())
@@ -310,6 +316,7 @@ def test_heads_learn_and_push_the_student_through_the_teacher(base):
     args, batch, optimizers = stage(base, without={"dm", "ca", "ida"})
     first = distill.student_update(args, batch, optimizers)
     assert first["gan_loss"] == pytest.approx(math.log(2), abs=0.02) and first["grad_norm"] == 0           # heads without an opinion push nothing
+    optimizers["heads"].param_groups[0]["lr"], batch = 0.01, batch._replace(real=batch.real + 2)
     losses = [distill.critic_update(args, batch, optimizers)["heads_loss"] for _ in range(60)]
     assert losses[-1] < losses[0] - 0.1 and distill.student_update(args, batch, optimizers)["grad_norm"] > 0
 
@@ -334,6 +341,7 @@ def test_k_is_the_same_on_all_ranks_and_the_noise_is_not(base):
 
 def test_two_processes_share_the_weights(base, whole, tmp_path):
     """FSDP2 on two processes: they save a student that loads, and the same command goes on from there."""
+    shutil.copy(base / "world.safetensors", tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "distill.py"), *FLAGS, "--teacher", str(base), "--out", str(tmp_path), "--fsdp", "--steps"]
     for steps in ("1", "2"):
         done = subprocess.run([*command, steps], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
