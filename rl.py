@@ -547,8 +547,8 @@ def failures_in_words(rows, prompts, answers):
         f'{name}: {len(wrong[name])} of {of[name]} statements were false, such as "{{}}" for the request "{{}}", rewritten as "{{}}".\n'.format(*wrong[name][0]) for name in kinds)
 
 
-# What is likely to help where a kind of rubric fails: an object whose size and place are said is seldom left out, or there twice.
-REMEDIES = {"total": ("place", "size"), "count": ("color", "size", "place"), "relation": ("place", "relation"), "coherent": ("size", "background")}
+# What is likely to help where a kind of rubric fails: an object whose color and place are said is seldom left out, or there twice.
+REMEDIES = {"total": ("place",), "count": ("color", "place"), "relation": ("place", "relation"), "coherent": ("size", "background")}
 
 
 def edit_guidelines(system, summary, tried):
