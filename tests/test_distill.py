@@ -250,7 +250,7 @@ def test_captions_alone_suffice_without_a_discriminator(base, tmp_path, monkeypa
 
 def stage(base, **how):
     """What distill.main fills before a run, and one batch of the toy world's shapes."""
-    args = argparse.Namespace(size="nano", teacher=str(base), lora=0, fsdp=False, compile=False, device="cpu", seed=0, rank=0, ranks=1, bf16=False, without=set(), guidance=5.0)
+    args = argparse.Namespace(size="nano", teacher=str(base), lora=0, fsdp=False, compile=False, device="cpu", seed=0, rank=0, ranks=1, bf16=False, without=set(), guidance=5.0, how=distill.SETTINGS["nano"])
     vars(args).update(how)
     distill.make_nets(args, base, torch.float32)
     args.heads, g = distill.make_heads(lens.SIZES["nano"].transformer, 0), torch.Generator().manual_seed(0)
