@@ -194,9 +194,9 @@ def bench(args, device):
         with torch.device(device):
             big, model, vae, encoder = torch.randn(side, side).to(dtype), *(lens.load_pipeline(TOY, device, dtype) if size == "toy" else (
                 lens.LensTransformer(lens.SIZES[size].transformer).to(dtype), autoencoder.LensVAE(lens.SIZES[size].vae).eval().to(dtype), None))
-        vaes = copy.deepcopy(vae).to(memory_format=torch.contiguous_format), vae.to(memory_format=torch.channels_last)
+        vaes = copy.deepcopy(vae).to(memory_format=torch.contiguous_format), vae.to(memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
         lens.quicken(model, vae) if args.compile else None
-        n, (low, mid, high) = args.steps or STEPS, (32, 64, 90) if size == "full" else (8, 16, 32)
+        n, (low, mid, high) = args.steps or STEPS, {"full": (32, 64, 90), "nano": (2, 4, 8)}.get(size, (8, 16, 32))
         for k, (h, batch, steps, g, S) in enumerate([(mid, 1, n, GUIDANCE, 128), *((h, 1, n, GUIDANCE, 128) for h in (low, high)), (mid, 4, n, GUIDANCE, 128),
                                                      *((mid, 1, 4, g, 128) for g in (GUIDANCE, 1.0)), *((mid, 1, n, GUIDANCE, S) for S in (32, LIMIT))]):
             given = torch.randn(len(model.txt_norm), S, model.config.enc_hidden_dim).to(device, dtype)             # 128: the paper's captions have 109 words
