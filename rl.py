@@ -7,6 +7,8 @@ is learnt is a LoRA. On the toy world the judge is the checker, so everything ru
     python rl.py --out runs/rl                           # from weights/toy; the same command again resumes
     python sample.py --eval --lora runs/rl --guidance 1  # the six tasks, against the same without --lora
     python rl.py --judge-check                           # is the judge right on pictures whose facts are known?
+    python rl.py --search --out runs/search              # no training: a better system prompt for the reasoner, the same judge deciding
+    python sample.py --eval --requests brief --reason --system-prompt runs/search/best.txt
 
     python rl.py --write-prompts prompts.jsonl --endpoint URL --model NAME         # real use: an LLM writes prompts and rubrics,
     torchrun --nproc-per-node 8 rl.py --size full --init DIR_OR_REPO --data prompts.jsonl --endpoint URL --model NAME    # a VLM judges
@@ -20,7 +22,7 @@ No likelihood, no trajectory is kept: the loss is flow matching's own, at noise 
 Where this departs from the paper [ours]: the second-order solver is Adams-Bashforth's (one forward a step; the paper does not
 name its own); the toy takes fewer and smaller groups, fewer steps and a smaller rank (`SETTINGS`).
 """
-import argparse, collections, json, math, re, shlex, sys, time
+import argparse, collections, functools, itertools, json, math, re, shlex, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -66,10 +68,10 @@ def fact_words(fact):
             "relation": lambda: f"A {noun(fact.subject)} is {fact.value} a {noun(fact.other)}.", "background": lambda: f"The background is {fact.value}."}[fact.kind]()
 
 
-def toy_row(seed, i, tasks, sizes):
+def toy_row(seed, i, tasks, sizes, style="dense"):
     """Row i of the toy's prompts: its task in turn, its picture's size drawn; the rubrics are what its caption claims."""
     size = sizes[int(np.random.default_rng((seed, i, 1)).integers(len(sizes)))]
-    scene, details, prompt = sample.sampled(seed, 77, i, *size, task=tasks[i % len(tasks)])
+    scene, details, prompt = sample.sampled(seed, 77, i, *size, task=tasks[i % len(tasks)], style=style)
     rubrics = [{"name": fact.kind, "check": fact_words(fact), "fact": fact} for fact in data.facts(scene, details)]
     return {"category": scene.task, "item": scene.objects[0].shape, "dimensions": sorted(details), "prompt": prompt, "size": size, "rubrics": rubrics + [COHERENT, CLEAN]}
 
@@ -370,14 +372,14 @@ def save(args, model, optimizer, named, state):
     """The state (both adapters, their average, moments, counts) in one file, and the average in PEFT's format."""
     groups = {name: {f"{n}.{ab}": getattr(layer, f"lora_{ab}")[name].detach() for n, layer in lens.lora_layers(model, name).items() for ab in "AB"} for name in ("new", "old", "ema")}
     lens.save_lora(model, args.out, "ema", dict(command=shlex.join(["python", "rl.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["step"], trained_seconds=round(state["seconds"]),
-                                                score=json.dumps(state["scores"]), init=str(args.init)))
+                                                base=json.dumps(state["base"]), score=json.dumps(state["scores"]), init=str(args.init)))
     train.save_state(Path(args.out) / "state.safetensors", state["step"], state, **groups, optimizer=train.optimizer_tensors([optimizer], named))
 
 
 def resume(args, model, optimizer, named):
     """Fills the adapters and the optimiser from --out; -> the state of the loop, or a fresh one."""
     if not (saved := train.load_state(Path(args.out) / "state.safetensors")):
-        return {"step": 0, "seconds": 0.0, "scores": {}, "first": [], "last": [], "key": args.key}
+        return {"step": 0, "seconds": 0.0, "base": {}, "scores": {}, "first": [], "last": [], "key": args.key}
     _, state, groups = saved
     lens.require(state["key"] == args.key, f"--out {args.out} holds another run ({state['key']}): give another folder, or the same --init, --seed, --data, --pool and --tasks")
     with torch.no_grad():
@@ -467,8 +469,13 @@ def train_policy(args):
         lens.set_lora(model, "ema")
         size = data.bucket(how.base)
         sample.contact_sheet(sample.generate([p for p, _ in shown], (model, vae, encoder), seeds=[s for _, s in shown], height=size[0], width=size[1], steps=sample.STEPS, guidance=1.0, batch_size=how.batch), 6).save(out / name)
-    if state["step"] == 0 and args.preview_every and args.rank == 0:
-        preview("before.png")
+    told = lambda scores: ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+    if state["step"] == 0 and args.rank == 0:                                      # what the run will be held against
+        if args.preview_every:
+            preview("before.png")
+        if args.eval_every and not args.data:
+            state["base"] = evaluate(args, model, vae, encoder, args.per_task)
+            args.say(f"the base at guidance 1: {told(state['base'])}")
     bar = tqdm(total=args.steps, initial=state["step"], desc="RL", unit="step", mininterval=2, disable=args.rank > 0)
     with ThreadPoolExecutor(1) as pool:
         while state["step"] < args.steps:
@@ -487,7 +494,7 @@ def train_policy(args):
             if due(args.eval_every) and not args.data and args.rank == 0:
                 state["scores"] = evaluate(args, model, vae, encoder, args.per_task)
                 row.update(state["scores"])
-                bar.write(f"step {state['step']}, guidance 1: " + ", ".join(f"{k} {v:.2f}" for k, v in state["scores"].items()))
+                bar.write(f"step {state['step']}, guidance 1: {told(state['scores'])}")
             if due(args.preview_every) and args.rank == 0:
                 preview(f"preview-{state['step']:04d}.png")
             if log:
@@ -502,6 +509,155 @@ def train_policy(args):
                 sys.exit(0)
     bar.close()
     args.say(f"done: python sample.py --eval --weights {args.init} --lora {out} --guidance 1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The search for a system prompt: nothing is trained. Rewrite, generate, judge, put the failures into words, have a proposer change
+# what the reasoner is told, and keep the change where a paired test on other requests says that it is better.
+
+class Search(NamedTuple):
+    summary: int         # requests whose failures a proposer is told of
+    pairs: int           # other requests, each pictured under both system prompts
+    final: int           # a third set: what was gained over the start
+
+SEARCH = {"nano": Search(6, 12, 12), "toy": Search(48, 192, 300), "full": Search(48, 192, 300)}                      # [ours]
+ERROR = 0.02             # chance that a search accepts anything where no candidate differs from the start, however long it goes on
+
+
+def better(old, new, alpha, seed=0, flips=20_000):
+    """Paired sign-flip test of rewards [n] of the same requests and noises under two system prompts -> (accept, p, gain).
+
+    Where the prompts are alike, each difference has either sign with equal chance; p is the share of such sign patterns whose mean
+    is at least what was seen (itself among them), so P(accept) <= alpha, whatever the rewards' distribution. Failed judgements drop out."""
+    difference = np.asarray(new, float) - np.asarray(old, float)
+    difference = difference[~np.isnan(difference)]
+    if not difference.any():
+        return False, 1.0, 0.0
+    signs = np.random.default_rng(seed).choice((-1.0, 1.0), (flips, len(difference)))
+    p = (1 + int((signs @ difference >= difference.sum() - 1e-9).sum())) / (1 + flips)
+    return p <= alpha, p, float(difference.mean())
+
+
+def failures_in_words(rows, prompts, answers):
+    """What a proposer is told: how often which kind of rubric failed, with an example of each."""
+    of, wrong = collections.Counter(), collections.defaultdict(list)
+    for row, prompt, given in zip(rows, prompts, answers):
+        for rubric, answer in zip(row["rubrics"], given):
+            if answer is not None and not rubric.get("held_out"):
+                of[rubric["name"]] += 1
+                wrong[rubric["name"]] += [] if answer else [(rubric["check"], row["prompt"], prompt)]
+    bad = sum(any(a is False and not rubric.get("held_out") for rubric, a in zip(row["rubrics"], given)) for row, given in zip(rows, answers))
+    kinds = sorted((name for name in wrong if wrong[name]), key=lambda name: (-len(wrong[name]), name))[:12]      # a file's rubrics have a thousand names
+    return f"{bad} of {len(rows)} pictures had something wrong.\n" + "".join(
+        f'{name}: {len(wrong[name])} of {of[name]} statements were false, such as "{{}}" for the request "{{}}", rewritten as "{{}}".\n'.format(*wrong[name][0]) for name in kinds)
+
+
+# What is likely to help where a kind of rubric fails: an object whose size and place are said is seldom left out, or there twice.
+REMEDIES = {"total": ("place", "size"), "count": ("color", "size", "place"), "relation": ("place", "relation"), "coherent": ("size", "background")}
+
+
+def edit_guidelines(system, summary, tried):
+    """The toy's proposer, a program: adds the guideline sentences that the summary's failures call for, all sentences, each alone; takes
+    each away; adds two. -> the first of these system prompts that is not in `tried`, or None."""
+    failing = re.findall(r"(?m)^(\w+): \d+ of", summary)
+    wanted = list(dict.fromkeys([d for kind in failing for d in REMEDIES.get(kind, ())] + list(sample.GUIDELINES)))
+    present = [d for d in wanted if any(wording in system for wording in sample.GUIDELINES[d])]
+    missing = [d for d in wanted if d not in present]
+    plus = lambda details: " ".join([system] + [sample.GUIDELINES[d][0] for d in details])
+    minus = lambda d: " ".join(functools.reduce(lambda text, wording: text.replace(wording, ""), sample.GUIDELINES[d], system).split())
+    called_for = [d for d in missing if any(d in REMEDIES.get(kind, ()) for kind in failing)]
+    edits = [plus(called_for), plus(missing)] + [plus([d]) for d in missing] + [minus(d) for d in present] + [plus(two) for two in itertools.combinations(missing, 2)]
+    return next((edit for edit in edits if edit not in (system, *tried)), None)
+
+
+ASK_PROPOSER = """A language model rewrites short requests for pictures into dense prompts for a text-to-image model. This is its system prompt:
+---
+{system}
+---
+Pictures made that way were judged: {summary}
+{tried}Write a better system prompt: general rules that prevent such failures, nothing about single requests. It must still ask that all the user said is kept and that the reply is the prompt alone.
+Reply with one JSON object, nothing else: {{"system_prompt": "..."}}"""
+
+
+def propose_by(endpoint):
+    """The proposer for real use: a language model, told the failures and what was tried before. An unusable answer ends the search."""
+    def propose(system, summary, tried):
+        earlier = "".join(f"This was tried before and was not better, or was replaced by a better one: {text}\n" for text in tried[-4:])
+        (answer,) = endpoint.ask([[{"role": "user", "content": ASK_PROPOSER.format(system=system, summary=summary, tried=earlier)}]])
+        found = parsed(answer)
+        text = found.get("system_prompt") if isinstance(found, dict) else None
+        return lens.strip_markers(text).strip() if isinstance(text, str) and text.strip() not in ("", system, *tried) else None
+    return propose
+
+
+def climb(start, trial, propose, steps, lines, write, seed=0):
+    """The loop. trial(which, k, systems) -> (rewards [len(systems), n], summary in words of the first): `which` is "summary", or one of two
+    halves "pairs 1" and "pairs 2"; lines: the log of what was tried before, to which write(lines) adds. -> the best system prompt."""
+    best = ([start] + [line["system"] for line in lines if line["accepted"]])[-1]
+    for k in range(len(lines), steps):
+        _, summary = trial("summary", k, [best])
+        if (system := propose(best, summary, [start] + [line["system"] for line in lines])) is None:
+            print("the proposer has nothing new to try")
+            break
+        rewards, alpha = np.asarray(trial("pairs 1", k, [best, system])[0], float), ERROR / ((k + 1) * (k + 2))      # these sum to ERROR
+        if np.nanmean(rewards[1] - rewards[0]) > 0:                                # else half is enough: stopping early accepts nothing
+            rewards = np.concatenate([rewards, trial("pairs 2", k, [best, system])[0]], 1)
+            accepted, p, gain = better(*rewards, alpha, (seed, k))
+        else:
+            accepted, p, gain = False, 1.0, float(np.nanmean(rewards[1] - rewards[0]))
+        lines.append(dict(candidate=k + 1, accepted=accepted, old=round(float(np.nanmean(rewards[0])), 4), new=round(float(np.nanmean(rewards[1])), 4), gain=round(gain, 4),
+                          p=round(p, 5), alpha=round(alpha, 5), pairs=rewards.shape[1], system=system, parent=best, failures=summary))
+        print(f"candidate {k + 1}: reward {lines[-1]['old']:.3f} -> {lines[-1]['new']:.3f} on {rewards.shape[1]} requests, p {p:.4f} (wanted {alpha:.4f}): {'accepted' if accepted else 'not accepted'}\n    {system}")
+        best = system if accepted else best
+        write(lines)
+    return best
+
+
+def search(args):
+    how, out, size = SEARCH.get(args.size, SEARCH["full"]), Path(args.out), data.bucket(args.how.base)
+    folder = lens.fetch(args.init, ("transformer", "vae", "text_encoder"))
+    notes, toy = lens.read_metadata(folder), not args.data
+    pipeline = lens.load_pipeline(folder, args.device, sample.pick_dtype(args.device.split(":")[0], args.dtype, lens.SIZES[args.size].transformer.inner_dim)[0])
+    asks = argparse.Namespace(**{**vars(args), "endpoint": args.endpoint if args.reasoner_model else None, "model": args.reasoner_model})
+    rewrite = sample.reasoner(asks, notes, pipeline[2])
+    start = rewrite.keywords["system"] if args.system_prompt or not toy else sample.REWRITE                           # the toy's: bare, so that all is to be found
+    rows = read_rows(args.data, [size]) if args.data else [toy_row(args.seed, i, args.tasks.split(","), [size], args.requests) for i in range(args.pool)]
+    lens.require(len(rows) >= 12, f"{len(rows)} prompts are too few for a search: three sets are made of them")
+    parts = dict(zip(("summary", "pairs", "final"), np.array_split(np.random.default_rng(args.seed).permutation(len(rows)), 3)))        # no request is in two
+    judge = EndpointJudge(args.endpoint, args.model, out / "judge.jsonl") if args.endpoint else Checker()
+    propose = propose_by(data.Endpoint(args.endpoint, args.model, out / "proposer.jsonl")) if args.endpoint else edit_guidelines
+    steps, guidance = sample.settings(notes, None, None)
+    half = {"summary": (0, how.summary), "pairs 1": (0, how.pairs // 2), "pairs 2": (how.pairs // 2, how.pairs), "final": (0, how.final)}
+
+    def trial(which, k, systems):
+        order = np.random.default_rng((args.seed, 1, k)).permutation(parts[which.split()[0]])[slice(*half[which])]
+        mine, rewards, right = [rows[i] for i in order], [], []
+        for system in systems:                                                     # the same requests and noises under each
+            prompts = rewrite([row["prompt"] for row in mine], system=system, seed=args.seed)
+            pictures = sample.generate(prompts, pipeline, seeds=[1000 * k + int(i) for i in order], height=size[0], width=size[1], steps=steps, guidance=guidance, batch_size=min(32, args.how.batch), progress=True)
+            answers = judge(pictures, mine)
+            rewards.append([reward_of(given, row["rubrics"]) for given, row in zip(answers, mine)])
+            lens.require(not np.isnan(rewards[-1]).all(), f"no answer from the judge at {args.endpoint}: {dict(collections.Counter(judge.failed))}; is its URL right up to and with /v1, and LENS_API_KEY set?")
+        return np.array(rewards), failures_in_words(mine, prompts, answers)
+
+    log, key = out / "search.jsonl", dict(key=[str(args.init), args.seed, str(args.data), args.pool, args.tasks, args.requests, args.model, args.reasoner_model, start])
+    first, *lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [key]
+    lens.require(first == key, f"--out {out} holds another search: give another folder, or the same --init, --seed, --data, --pool, --tasks, --requests, models and starting system prompt")
+    lines = [line for line in lines if "candidate" in line]
+
+    def write(lines, final=()):                                                    # every candidate, its text and its score; then the best one
+        lens.replace_file(log, lambda new: new.write_text("".join(json.dumps(line) + "\n" for line in (key, *lines, *final))))
+        lens.replace_file(out / "best.txt", lambda new: new.write_text(([start] + [line["system"] for line in lines if line["accepted"]])[-1] + "\n"))
+    write(lines)
+    print(f"start, {len(lines)} candidates judged before:\n    {start}")
+    best = climb(start, trial, propose, args.steps, lines, write, args.seed)
+    (before, after), _ = trial("final", 0, [start, best])
+    _, p, gain = better(before, after, 0.05, args.seed)
+    error = float(np.nanstd(after - before)) / math.sqrt(len(before))
+    final = dict(final=True, requests=len(before), start=round(float(np.nanmean(before)), 4), best=round(float(np.nanmean(after)), 4), gain=round(gain, 4), error=round(error, 4), p=round(p, 5),
+                 right_start=round(float((before == 1).mean()), 4), right_best=round(float((after == 1).mean()), 4))
+    write(lines, [final])
+    print(f"{json.dumps(final)}\ndone: python sample.py --reason --system-prompt {out}/best.txt")
 
 
 def dry_run(args):
@@ -536,6 +692,10 @@ def main(argv=None):
     parser.add_argument("--judge-check", action="store_true", help="train nothing: score the judge on true and altered claims")
     parser.add_argument("--write-prompts", metavar="FILE", help="train nothing: have the endpoint's model write --pool prompts and rubrics")
     parser.add_argument("--merge", metavar="DIR", help="train nothing: write --init with the LoRA of --out merged into it")
+    parser.add_argument("--search", action="store_true", help="train nothing: search for a better system prompt of the reasoner; --steps candidates (default 8)")
+    parser.add_argument("--system-prompt", metavar="FILE", help="where that search starts (default: sample.py's; the toy's: the bare rule to rewrite)")
+    parser.add_argument("--requests", choices=("brief", "vague"), default="brief", help="how the toy world is asked for in that search")
+    parser.add_argument("--reasoner-model", metavar="NAME", help="the endpoint's model that rewrites (default: the text encoder)")
     parser.add_argument("--dry-run", action="store_true", help="train nothing: print memory and work of one step")
     parser.add_argument("--steps", type=int, help="default: what the size says")
     parser.add_argument("--lr", type=float, help="default: what the size says")
@@ -550,7 +710,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     lens.require(args.size in lens.SIZES, f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
     args.how = SETTINGS.get(args.size, SETTINGS["full"])
-    args.steps, args.lr, tasks = args.how.steps if args.steps is None else args.steps, args.lr or args.how.lr, tuple(args.tasks.split(","))
+    args.steps, args.lr, tasks = (8 if args.search else args.how.steps) if args.steps is None else args.steps, args.lr or args.how.lr, tuple(args.tasks.split(","))
     lens.require(set(tasks) <= set(data.TASKS), f"--tasks: choose among {', '.join(data.TASKS)}")
     lens.require(min(args.steps, args.save_every, args.pool) > 0, "--steps, --save-every and --pool must be at least 1")
     lens.require(not (args.write_prompts or args.data and not (args.dry_run or args.merge)) or args.endpoint, "pictures of real prompts are judged, and their prompts written, by a model behind --endpoint URL (key in LENS_API_KEY)")
@@ -575,6 +735,8 @@ def main(argv=None):
         lens.save_pipeline(args.merge, model, vae, encoder, {**lens.read_metadata(folder), "guidance": 1.0, "lora": str(args.out)})
         return print(f"wrote {args.merge}: {count} layers changed")
     lens.require(args.data or args.size in ("nano", "toy"), f"--size {args.size}: name prompts with rubrics with --data (rl.py --write-prompts makes them); the toy world is for --size toy or nano")
+    if args.search:
+        return search(args)
     args.rank, args.ranks, args.device = train.join(args.device)
     lens.require(args.how.prompts % args.ranks == 0, f"{args.how.prompts} prompts a step cannot be dealt evenly over {args.ranks} processes")
     args.say = print if args.rank == 0 else lambda *_: None

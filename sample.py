@@ -9,6 +9,7 @@ without `--weights` it takes the toy that the repository ships, which runs on an
     python sample.py --prompt "..." --image photo.png --strength 0.6        # start from a picture
     python sample.py --prompts-file prompts.txt --out pictures/             # a line a prompt, or GenEval's JSON lines
     python sample.py --prompt "..." --weights DIR_OR_REPO --base 1440       # the released model
+    python sample.py --prompt "a couple of crimson discs" --reason          # put first into words like those of the captions
     python sample.py --eval                                                 # the six tasks on the toy world
     python sample.py --bench                                                # what a picture costs, beside a naive sampler
 
@@ -17,7 +18,7 @@ runs twice a step, with the prompt and without any, and the step goes along u + 
 c [checkpoint]. Prompts of unequal length never share a batch: nothing is padded, so no attention needs a mask, and a
 picture is the same whatever was made beside it.
 """
-import argparse, colorsys, copy, functools, hashlib, json, math, os, resource, sys, time, warnings
+import argparse, colorsys, contextlib, copy, functools, hashlib, json, math, os, re, resource, sys, time, warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -222,7 +223,7 @@ def bench(args, device):
 def pick_device(name=None):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     lens.require(not name.startswith("cuda") or torch.cuda.is_available(), "--device cuda: no CUDA device was found; leave --device out to run on the CPU")
-    with lens.told(f"--device {name}: try cpu or cuda"):
+    with lens.told(f"--device {name}: not a device; try cpu or cuda"):
         return str(torch.device(name))
 
 
@@ -243,20 +244,16 @@ def pick_size(height, width, aspect, base):
     """(height, width) from what was asked, or LensError: sides divisible by 16, ratio within 1:2 and 2:1, area to 1440^2."""
     if height or width:
         height, width = height or width, width or height
-        if aspect:
-            raise LensError("give --aspect and --base, or --height and --width, not both")
+        lens.require(not aspect, "give --aspect and --base, or --height and --width, not both")
     else:
-        try:
+        with lens.told("--aspect"):
             height, width = data.bucket(base, aspect or "1:1")
-        except ValueError as e:
-            raise LensError(f"--aspect: {e}") from None
-    if height <= 0 or width <= 0 or height % 16 or width % 16:
-        raise LensError(f"size {height} x {width}: both sides must be positive and divisible by 16 (say {max(16, height // 16 * 16)} x {max(16, width // 16 * 16)})")
-    if max(height, width) > 2 * min(height, width):
-        raise LensError(f"size {height} x {width}: the ratio must lie between 1:2 and 2:1")
+    lens.require(min(height, width) > 0 and height % 16 == width % 16 == 0,
+                 f"size {height} x {width}: both sides must be positive and divisible by 16 (say {max(16, height // 16 * 16)} x {max(16, width // 16 * 16)})")
+    lens.require(max(height, width) <= 2 * min(height, width), f"size {height} x {width}: the ratio must lie between 1:2 and 2:1")
     # two sizes of the checkpoint's own table, 1040 x 2080 and 1088 x 1936, are a few rows above the limit
-    if height * width > MAX_AREA and (min(height, width), max(height, width)) not in data.PAPER_BUCKETS[1440]:
-        raise LensError(f"size {height} x {width}: the area is above 1440 x 1440, the largest that the model was tried at")
+    lens.require(height * width <= MAX_AREA or (min(height, width), max(height, width)) in data.PAPER_BUCKETS[1440],
+                 f"size {height} x {width}: the area is above 1440 x 1440, the largest that the model was tried at")
     return height, width
 
 
@@ -271,7 +268,7 @@ def identity(folder, part="transformer"):
     return f"{Path(folder).name}-{digest.hexdigest()[:10]}"
 
 
-def cached_features(folder, prompts, device, dtype, date, cache):
+def cached_features(folder, prompts, device, dtype, date, cache, encoder=None):
     """Features of prompts from the disk cache, encoding what is not there. -> list as from `encode`.
 
     The key covers encoder, date and text. When all are there the encoder is not even loaded; else it is loaded, used and let
@@ -282,14 +279,11 @@ def cached_features(folder, prompts, device, dtype, date, cache):
     found = {}
     for i, path in enumerate(paths):
         if path and path.exists():
-            try:
-                with lens.open_safetensors(path) as f:
-                    found[i] = f.get_tensor("features")
-            except LensError:
-                pass                                                               # a spoilt cache entry is made again
+            with contextlib.suppress(LensError), lens.open_safetensors(path) as f:  # a spoilt cache entry is made again
+                found[i] = f.get_tensor("features")
     missing = [i for i in range(len(prompts)) if i not in found and prompts[i].strip()]
     if missing:
-        encoder = lens.load_pipeline(folder, device, dtype, parts=("text_encoder",), date=date)[2]
+        encoder = encoder or lens.load_pipeline(folder, device, dtype, parts=("text_encoder",), date=date)[2]
         for i, f in zip(missing, encode(encoder, [prompts[i] for i in missing])):
             found[i] = f.cpu()
             if paths[i]:
@@ -504,30 +498,108 @@ def rewriting(scene, rng, vague):
     return instructions, request(scene, asked, rng, vague), data.caption(scene, details, rng)
 
 
+# What a reasoner is told: the paper's rules in our words. The toy's knows only the sentences that it was trained on.
+SYSTEM = """Turn the user's request into one dense prompt for a text-to-image model that was trained on detailed captions. Settle on one concrete scene. Whatever the user said stays as it is:
+objects, numbers, colors, names, quoted text, relations; add only what was left open. Describe each of several subjects apart: its look, its place, how it stands to the others. Write out what
+follows from the request: if it shows the answer to 2+2, write "2+2=4". Then background, light, style, viewpoint. State things as they are: no maybe, no alternatives.
+Reply in the user's language with the prompt alone: one paragraph of about 100 words."""
+TOY_SYSTEM = " ".join([REWRITE] + [wordings[0] for wordings in GUIDELINES.values()])
+FINAL = r"(?s)<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?=<\|(?:end|return|start|channel|call)\|>|$)"        # harmony: the one channel for the user
+BARE = r"(?s)^.*assistantfinal|^(?:analysis|commentary)(?=[A-Z\"“]).*$"              # and what is left of harmony where special tokens were dropped
+THINK = r"(?is)<(think|thinking|reasoning|analysis)>.*?(?:</\1>|$)|^.*</(?:think|thinking|reasoning|analysis)>"
+ITEM = r"(?im)^\W{0,3}(?:(?:option|version|variant|variante|opción|вариант|选项|方案)\s*\w{1,2}\b\W*|\d{1,2}[.)]\W*\s|[a-c]\)\s)"
+LABEL = r"(?i)^\W*(?:(?:here(?: is|['’]s)|the|your|final|new|rewritten|revised|improved|enhanced|detailed|dense|image)\s+)*(?:prompt|description|提示词|改写)\W*?[:：]\W*?(?=[\w\"“'«「])"
+CHATTER = r"(?is)\n\s*\W*(?:let me know|feel free|i hope|hope this|would you like|if you(?:'d| would)? (?:like|want)|note|explanation|this prompt)\b.*"
+QUOTED = r"""\*\*([^*]+)\*\*|"([^"]+)"|“([^“”]+)”|„([^“”]+)[“”]|'([^']+)'|‘([^‘’]+)’|«([^«»]+)»|「([^「」]+)」|`([^`]+)`"""
+REFUSAL = (r"(?i)(?:i['’]?m (?:\w+ )?sorry|sorry,? (?:but )?i|i (?:can(?:no|['’])t|can not|won['’]t|am (?:unable|not able))\b|i['’]m (?:unable|not able)|as an ai\b|unfortunately,? i|很?抱歉|对不起|"
+           r"我(?:无法|不能)|申し訳|すみません|죄송|(?:je suis )?désolée?\b|je ne peux pas|lo siento|no puedo|(?:es )?tut mir leid|ich kann \w* ?nicht|извините|к сожалению|mi dispiace|desculpe)")
+
+
+def clean(raw):
+    """A language model's raw answer -> the one prompt in it, one paragraph; "" where there is none: empty, refused, cut off while it still reasoned."""
+    text = (re.findall(FINAL, raw) or [""])[-1] if "<|channel|>" in raw else re.sub(BARE, "", raw.strip())
+    text = lens.strip_markers(re.split(r"<\|(?:end|return|call|im_end|endoftext|eot_id)\|>", re.sub(THINK, "", text))[0])
+    text = re.sub(CHATTER, "", (fence[1] if (fence := re.search(r"(?s)```[\w-]*[ \t]*\n?(.*?)(?:```|$)", text)) else text).strip())
+    text = re.sub(r"\A(?:[^\n]{0,120}[:：][*_ ]*\n\s*)+", "", text)              # "Here is your prompt:", in any language
+    starts = [m.start() for m in re.finditer(ITEM, text)]
+    text = re.sub(ITEM, "", text[:starts[1]]) if len(starts) > 1 and starts[0] == 0 else text          # several to choose from: the first
+    text = " ".join(re.sub(LABEL, "", re.sub(r"(?m)^\s*(?:[-*•]|#+)\s+", "", text)).split())
+    while quoted := re.fullmatch(QUOTED, text):
+        text = quoted[quoted.lastindex].strip()
+    return "" if re.match(REFUSAL, text) or not any(c.isalnum() for c in text) else text
+
+
+ANY = lambda words: "(" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + ")"
+PLAIN = {word: name for name, words in VAGUE.items() for word in words}
+SPOT = {words: (x, y) for y, row in enumerate(data.PLACES) for x, place in enumerate(row) for words in data.PLACE_WORDS[place]}
+NOUN = rf"(?:(?:small|large) )?(?:{ANY(data.COLORS)} )?{ANY(data.SHAPES)}(?:es|s)?\b"
+
+
+def keeps(request, answer):
+    """The toy world's check: all words, numbers, colors and relations of the request stand in the answer, which adds no object, and can be drawn."""
+    plain = [re.sub(rf"(?<!to the )\b{ANY(PLAIN)}(e?s)?\b", lambda m: data.plural(PLAIN[m[1]]) if m[2] else PLAIN[m[1]], text.lower()) for text in (request, answer)]
+    asked, found = ([(n.rstrip("n"), *noun) for n, *noun in re.findall(rf"\b(an?|two|three|four) {NOUN}", text)] for text in plain)
+    wanted, said = (re.findall(rf"\b{NOUN}(?: is)? {ANY(data.RELATIONS)} (?:an?|the) {NOUN}", text) for text in plain)
+    (words, known), spots = (set(re.findall(r"\w+", text)) for text in plain), re.findall(rf"\b{ANY(SPOT)}\b", plain[1])
+    at = {(color, shape): SPOT[spot] for color, shape, spot in re.findall(rf"\b{NOUN}(?: is)? {ANY(SPOT)}\b", plain[1])}
+    among = lambda claims, others: all(any(all(a in ("", b) for a, b in zip(claim, other)) for other in others) for claim in claims)
+    possible = len({SPOT[s] for s in spots}) == len(spots) and all(sum((p - q) * d for p, q, d in zip(at[c, s], at[e, t], data.RELATIONS[r])) >= 0
+                                                                   for c, s, r, e, t in said if {(c, s), (e, t)} <= at.keys())
+    return len(asked) == len(found) > 0 and among(asked, found) and among(wanted, said) and words <= known | {"a", "an", "the", "and", "of"} and possible
+
+
+def encoder_writes(encoder, system, requests, seed, trial):
+    """The text encoder itself as the reasoner: its raw answers. The first trial takes the likeliest tokens; later ones add Gumbel noise
+    of each request's own seed to their scores, which is to sample at temperature 0.7, and the same in any batch."""
+    lens.require(hasattr(encoder.model, "lm_head"), "this text encoder was stored without its head and cannot write: name another reasoner with --endpoint URL --model NAME")
+    rows, answers = [], {}
+    template = re.sub(r"strftime_now\([^)]*\)", "current_date", encoder.tokenizer.get_chat_template())  # released ones ask for today's date: a prompt would drift
+    for request in requests:
+        chat = [{"role": role, "content": lens.strip_markers(words)} for role, words in (("system", system), ("user", request))]        # nothing leaves its turn
+        said = encoder.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True, reasoning_effort="low", enable_thinking=False, current_date=encoder.date)
+        rows.append(encoder.tokenizer(said, add_special_tokens=False)["input_ids"])
+    for length in set(map(len, rows)):                                             # equal lengths run together: no padding
+        members = [i for i, row in enumerate(rows) if len(row) == length]
+        own = [torch.Generator().manual_seed(int(hashlib.sha256(f"{seed} {trial} {requests[i]}".encode()).hexdigest()[:12], 16)) for i in members]
+        noise = lambda _, scores: scores - 0.7 * torch.stack([torch.empty(scores.shape[1]).exponential_(generator=g).log() for g in own]).to(scores) if trial else scores
+        ids = torch.tensor([rows[i] for i in members], device=encoder.model.device)                    # [B, L]
+        new = encoder.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=512, do_sample=False, logits_processor=[noise])
+        answers.update(zip(members, encoder.tokenizer.batch_decode(new[:, length:])))
+    return [answers[i] for i in range(len(rows))]
+
+
+def reason(writes, requests, system, seed=0, faithful=None, trials=8, longest=2000):
+    """[request] -> [prompt]. writes(system, requests, seed, trial) -> raw answers, or None. What is empty, refused or not faithful(request, prompt)
+    is asked for again from another seed; after the last trial the user's own words stand, and a notice says so. So do requests of more than `longest`
+    characters: the text encoder reads no more than that."""
+    prompts, trial, tell = {}, 0, lens.strip_markers
+    able = [r for r in dict.fromkeys(requests) if len(r) <= longest and (faithful is None or faithful(tell(r), tell(r)))]            # what cannot be checked stays as it is
+    while (left := [r for r in able if r not in prompts]) and trial < trials:
+        cleaned = [clean(raw or "") for raw in writes(system, left, seed, trial)]
+        prompts.update((r, p) for r, p in zip(left, cleaned) if p and (faithful is None or faithful(tell(r), p)))
+        trial += 1
+    if kept := {r for r in requests if r not in prompts}:
+        print(f"note: no usable prompt from the reasoner for {len(kept)} of {len(set(requests))} requests, which stay as they are: {lens.some(kept)}", file=sys.stderr)
+    return [prompts.get(r, r) for r in requests]
+
+
+def reasoner(args, notes, encoder):
+    """`reason` as the flags say: by the endpoint if one is named, else by the text encoder. Only the toy's weights say which words they know."""
+    def endpoint_writes(system, requests, _, trial):                               # its journal would give the same answer to a second trial
+        answers = ask.ask([[{"role": "system", "content": system}, {"role": "user", "content": r}] for r in requests]) if trial == 0 else [None] * len(requests)
+        lens.require(trial or any(a is not None for a in answers), f"no answer from the reasoner at {ask.url} ({', '.join(sorted(set(ask.failed)))}): --endpoint URL goes up to and "
+                     "with /v1, --model NAME is one that it serves, its key is read from the environment variable LENS_API_KEY")
+        return answers
+    with lens.told(f"cannot read --system-prompt {args.system_prompt}"):
+        system = Path(args.system_prompt).read_text(encoding="utf-8").strip() if args.system_prompt else TOY_SYSTEM if "words" in notes else SYSTEM
+    ask = data.Endpoint(args.endpoint, args.model, Path(args.out) / "reasoner.jsonl") if args.endpoint else None
+    return functools.partial(reason, endpoint_writes if ask else functools.partial(encoder_writes, encoder), system=system, seed=args.seed, faithful=keeps if "words" in notes else None)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation on the toy world: held-out prompts, the checker, and the Fréchet distance.
 
 EVAL_SEED = 20_260_523                     # training draws its scenes from (seed, epoch, index) with other seeds
-
-
-def fidelity_features(vae, images):
-    """[n, 2C] of PIL images of one size: mean and spread over the picture of the encoder's tokens. Blur shrinks the spread."""
-    rows = []
-    for k in range(0, len(images), 32):
-        tokens = vae.to_tokens(vae.encode(from_pil(images[k:k + 32]).to(next(vae.parameters())))[0]).float()
-        rows.append(torch.cat([tokens.mean(1), tokens.std(1)], 1))
-    return torch.cat(rows)
-
-
-def frechet_distance(a, b):
-    """|mean a - mean b|^2 + tr(Ca + Cb - 2 (Ca Cb)^1/2) of two sets of features [n, d]: how far two sets of pictures are apart
-    as wholes, 0 for equal ones. fp64: the square root of a nearly singular matrix loses half its digits."""
-    a, b = a.double(), b.double()
-    ca, cb = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(ca)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T                        # Ca^1/2
-    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp_min(0).sqrt().sum()      # tr (Ca Cb)^1/2
-    return ((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross).item()
 
 
 def sampled(seed, epoch, index, height, width, task=None, style="dense"):
@@ -560,15 +632,15 @@ def round_trip(vae, device, scenes=500, noise=0.0):
 @torch.no_grad()
 def evaluate(pipeline, height, width, steps, guidance, per_task=50, seed=0, style="dense", rewrite=None, progress=True):
     """-> (scores, pictures, prompts). scores: the six tasks' shares of prompts all of whose facts hold, `overall` (their mean),
-    and `fidelity`: Fréchet distance to the drawn pictures of the same prompts."""
+    and `fidelity`: Fréchet distance to the drawn pictures of the same prompts. rewrite: [prompt] -> [prompt], the reasoner."""
     rows = [(task, *row) for task in data.TASKS for row in held_out(task, per_task, height, width, style)]
     prompts = [prompt for *_, prompt in rows]
-    pictures = generate([rewrite(p) for p in prompts] if rewrite else prompts, pipeline, seed=seed, height=height, width=width, steps=steps,
+    pictures = generate(rewrite(prompts) if rewrite else prompts, pipeline, seed=seed, height=height, width=width, steps=steps,
                         guidance=guidance, batch_size=32, progress=progress)
     passed = [all(check(picture, claims)) for picture, (_, _, claims, _) in zip(pictures, rows)]
     drawn = [data.draw(scene, height, width) for _, scene, _, _ in rows]
     tasks = {task: sum(p for p, row in zip(passed, rows) if row[0] == task) / per_task for task in data.TASKS}
-    fidelity = frechet_distance(fidelity_features(pipeline[1], pictures), fidelity_features(pipeline[1], drawn))
+    fidelity = autoencoder.frechet_distance(*(autoencoder.fidelity_features(pipeline[1], from_pil(images)) for images in (pictures, drawn)))
     return {"overall": round(sum(tasks.values()) / len(tasks), 4), **tasks, "fidelity": round(fidelity, 3)}, pictures, prompts
 
 
@@ -577,14 +649,11 @@ def evaluate(pipeline, height, width, steps, guidance, per_task=50, seed=0, styl
 
 def read_prompts(path):
     """Prompts of a file: plain lines, or JSON lines with a `prompt` field (GenEval's) -> (prompts, metadata per prompt or None)."""
-    try:
+    with lens.told(f"cannot read prompts from {path}"):
         lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
         rows = [json.loads(line) for line in lines] if str(path).endswith((".jsonl", ".json")) else None
         prompts = [row["prompt"] for row in rows] if rows else lines
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
-        raise LensError(f"cannot read prompts from {path}: {type(e).__name__}: {e}") from None
-    if not prompts or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise LensError(f"{path}: no prompts, or an empty one, in the file")
+    lens.require(prompts and all(isinstance(p, str) and p.strip() for p in prompts), f"{path}: no prompts, or an empty one, in the file")
     return prompts, rows
 
 
@@ -621,6 +690,11 @@ def arguments(argv):
     model.add_argument("--dtype", choices=("fp32", "bf16"), help="default: the faster one, measured on a CPU")
     model.add_argument("--date", default=lens.DATE, help=f"written into the chat around the prompt; frozen at {lens.DATE} so that a seed keeps its picture")
     model.add_argument("--compile", action="store_true", help="faster after a minute or more: for many pictures (on a CPU needs a C++ compiler)")
+    words = parser.add_argument_group("the reasoner")
+    words.add_argument("--reason", action="store_true", help="rewrite each prompt into a dense one first, as the pictures' captions in training were")
+    words.add_argument("--system-prompt", metavar="FILE", help="what the reasoner is told (default: the project's own; rl.py --search finds others)")
+    words.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible, up to and with /v1 (default: the text encoder writes); its key is read from LENS_API_KEY")
+    words.add_argument("--model", default="default", help="the endpoint's model")
     out = parser.add_argument_group("out")
     out.add_argument("--out", default="out", help="folder for the pictures")
     out.add_argument("--cache", default=str(Path.home() / ".cache" / "lens"), help="folder for prompt features, '' for none")
@@ -630,16 +704,13 @@ def arguments(argv):
     score.add_argument("--per-task", type=int, default=50, help="prompts a task")
     score.add_argument("--requests", choices=("dense", "brief", "vague"), default="dense", help="how the held-out scenes are asked for")
     args = parser.parse_args(argv)
-    if args.steps is not None and args.steps < 1 or args.num < 1 or args.per_task < 2:
-        raise LensError("--steps and --num must be at least 1, --per-task at least 2")
-    if not 0 < args.strength <= 1:
-        raise LensError(f"--strength {args.strength}: must be above 0 and at most 1")
-    if args.size and args.size not in lens.SIZES:
-        raise LensError(f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
+    lens.require(min(args.steps or 1, args.num) > 0 and args.steps != 0 and args.per_task > 1, "--steps and --num must be at least 1, --per-task at least 2")
+    lens.require(0 < args.strength <= 1, f"--strength {args.strength}: must be above 0 and at most 1")
+    lens.require(args.size in (None, *lens.SIZES), f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
     if not args.eval and not args.bench and not args.prompt and not args.prompts_file:
         raise LensError("nothing to do: give --prompt, --prompts-file or --eval (--help explains)")
-    if args.prompt and not all(p.strip() for p in args.prompt):
-        raise LensError("--prompt is empty: say what the picture should show")
+    lens.require(all(p.strip() for p in args.prompt or []), "--prompt is empty: say what the picture should show")
+    lens.require(args.reason or not (args.system_prompt or args.endpoint), "--system-prompt and --endpoint tell the reasoner what to do: add --reason")
     return args
 
 
@@ -651,8 +722,7 @@ def main(argv=None):
     folder = lens.fetch(args.weights, ("transformer", "vae", "text_encoder"))
     files, config = lens.locate(folder, "transformer")
     notes = lens.read_metadata(folder)
-    if args.size and config and lens.LensConfig.from_dict(config) != lens.SIZES[args.size].transformer:
-        raise LensError(f"--size {args.size}: the weights in {args.weights} are of another size")
+    lens.require(not (args.size and config) or lens.LensConfig.from_dict(config) == lens.SIZES[args.size].transformer, f"--size {args.size}: the weights in {args.weights} are of another size")
     args.steps, args.guidance = settings(notes, args.steps, args.guidance)
     height, width = pick_size(args.height, args.width, args.aspect, args.base or int(notes.get("base", BASE)))
     dtype, why = pick_dtype(device, args.dtype, (config or {}).get("inner_dim", 1536))
@@ -661,11 +731,10 @@ def main(argv=None):
     prompts, rows = read_prompts(args.prompts_file) if args.prompts_file else (args.prompt or [], None)
     start = None
     if args.image:
-        try:
+        with lens.told(f"cannot read --image {args.image}"):
             start = Image.open(args.image).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as e:
-            raise LensError(f"cannot read --image {args.image}: {e}") from None
     check_writable(out)
+    read = lambda: lens.load_pipeline(folder, device, dtype, parts=("text_encoder",), date=args.date)[2]
 
     def load():                                                                    # the denoiser and the VAE, LoRA merged
         transformer, vae, _ = lens.load_pipeline(folder, device, dtype, parts=("transformer", "vae"))
@@ -675,21 +744,28 @@ def main(argv=None):
         return transformer, vae
 
     if args.eval:
-        pipeline = (*load(), lens.load_pipeline(folder, device, dtype, parts=("text_encoder",), date=args.date)[2])
+        pipeline = (*load(), read())
         print(f"the autoencoder alone keeps every fact of {round_trip(pipeline[1], device, 200):.3f} of drawn scenes, over all training sizes")
         begin = time.perf_counter()
-        scores, pictures, _ = evaluate(pipeline, height, width, args.steps, args.guidance, args.per_task, args.seed, args.requests)
+        scores, pictures, _ = evaluate(pipeline, height, width, args.steps, args.guidance, args.per_task, args.seed, args.requests,
+                                       reasoner(args, notes, pipeline[2]) if args.reason else None)
         contact_sheet(pictures[::max(1, args.per_task // 8)], 12).save(out / "eval.png")
-        print(f"\n{'task':14} score   ({args.per_task} held-out {args.requests} prompts a task, {time.perf_counter() - begin:.0f} s, pictures in {out}/eval.png)")
+        print(f"\n{'task':14} score   ({args.per_task} held-out {args.requests} prompts a task{', rewritten' * args.reason}, {time.perf_counter() - begin:.0f} s, pictures in {out}/eval.png)")
         for name, value in scores.items():
             print(f"{name:14} {value:.3f}")
         print(json.dumps(scores))
         return
 
+    requests, encoder = prompts, read() if args.reason and not args.endpoint else None
+    if args.reason:
+        rewrite = reasoner(args, notes, encoder)
+        prompts, system = rewrite(requests), rewrite.keywords["system"]
+        print("".join(f"{request!r} -> {prompt!r}\n" for request, prompt in zip(requests, prompts)), end="")
     strange, known = strange_words(prompts, notes)
     if strange:
         print(f"note: this model never saw the word{'s' * (len(strange) > 1)} {', '.join(strange)}. It knows: {', '.join(sorted(known))}", file=sys.stderr)
-    features = cached_features(folder, prompts + [args.negative], device, dtype, args.date, args.cache)
+    features = cached_features(folder, prompts + [args.negative], device, dtype, args.date, args.cache, encoder)
+    rewrite = encoder = None                                                       # nothing may hold the encoder when the denoiser comes
     pipeline = (*load(), None)
     jobs = [(p, k, args.seed + p * args.num + k) for p in range(len(prompts)) for k in range(args.num)]
     pictures = generate([prompts[p] for p, _, _ in jobs], pipeline, seeds=[seed for *_, seed in jobs], height=height, width=width, steps=args.steps,
@@ -699,11 +775,12 @@ def main(argv=None):
     for (p, k, seed), picture in zip(jobs, pictures):
         chunks = dict(prompt=prompts[p], negative=args.negative, seed=seed, steps=args.steps, guidance=args.guidance, size=f"{width}x{height}",
                       weights=weights_id, lora=f"{args.lora} x {args.lora_strength}" if args.lora else "", date=args.date, software="Lens")
+        chunks.update(request=requests[p], system_prompt=system, reasoner=args.model if args.endpoint else "the text encoder") if args.reason else None
         if rows is not None:                                                       # GenEval: 00000/metadata.jsonl, 00000/samples/0000.png
             path = out / f"{p:05d}" / "samples" / f"{k:04d}.png"
             lens.replace_file(out / f"{p:05d}" / "metadata.jsonl", lambda new: new.write_text(json.dumps(rows[p]) + "\n"))
         else:
-            slug = "-".join("".join(c if c.isalnum() else " " for c in prompts[p].lower()).split())[:60] or "picture"
+            slug = "-".join("".join(c if c.isalnum() else " " for c in requests[p].lower()).split())[:60] or "picture"
             path = out / f"{slug}-{seed}.png"
         save_png(picture, path, chunks)
         if len(jobs) <= 16:

@@ -160,6 +160,24 @@ def to_pil(images):                                           # [B, 3, H, W] -> 
     x = (images.float().clamp(-1, 1) + 1) * 127.5             # [checkpoint] the reference truncates, it does not round
     return [Image.fromarray(p) for p in x.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()]
 
+@torch.no_grad()
+def fidelity_features(vae, images):                           # [n, 3, H, W] in [-1, 1] -> [n, 2 * 4c]
+    """Mean and spread over the picture of the encoder's tokens. Blur shrinks the spread."""
+    tokens = [vae.to_tokens(vae.encode(part.to(next(vae.parameters())))[0]).float() for part in images.split(32)]
+    return torch.cat([torch.cat([t.mean(1), t.std(1)], 1) for t in tokens])
+
+
+def frechet_distance(a, b):                                   # [n, d], [m, d] -> number
+    """|mean a - mean b|^2 + tr(Ca + Cb - 2 (Ca Cb)^1/2) of two sets of features: how far two sets of pictures are apart
+    as wholes, 0 for equal ones. fp64: the square root of a nearly singular matrix loses half its digits."""
+    a, b = a.double(), b.double()
+    ca, cb = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(ca)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T                        # Ca^1/2
+    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp_min(0).sqrt().sum()      # tr (Ca Cb)^1/2
+    return ((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross).item()
+
+
 def save_vae(vae, directory, metadata):
     """Diffusers layout, so that anything that reads the released VAE reads ours."""
     (directory := Path(directory)).mkdir(parents=True, exist_ok=True)

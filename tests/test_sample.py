@@ -130,9 +130,9 @@ def test_image_to_image_starts_from_the_picture(nano):
 def test_frechet_distance_of_known_gaussians():
     g = torch.Generator().manual_seed(0)
     a = torch.randn(20000, 3, generator=g)
-    assert abs(sample.frechet_distance(a, a)) < 1e-6
+    assert abs(vae.frechet_distance(a, a)) < 1e-6
     b = 2 * torch.randn(20000, 3, generator=g) + torch.tensor([1.0, 0, 0])
-    assert abs(sample.frechet_distance(a, b) - (1 + 3 * (1 + 4 - 2 * 2))) < 0.15               # |1|^2 + 3 (1 + 4 - 2 sqrt(4))
+    assert abs(vae.frechet_distance(a, b) - (1 + 3 * (1 + 4 - 2 * 2))) < 0.15               # |1|^2 + 3 (1 + 4 - 2 sqrt(4))
 
 
 # ---- The command line

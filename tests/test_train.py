@@ -1,4 +1,5 @@
 """train.py: what a step learns from, and that a run that was killed goes on as if nothing had happened."""
+import contextlib
 import copy
 import json
 import os
@@ -104,6 +105,40 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("how", ("none", "selective", "full"))
+def test_the_memory_account_is_what_the_allocator_gives(how):
+    """--dry-run's activations and fixed part against the bytes that PyTorch's allocator hands out in a real step, on the toy."""
+    size, count, grid, length = "toy", 8, (6, 6), 24
+    config, measured = lens.SIZES[size].transformer, {}
+    tokens, text = torch.randn(count, 36, config.in_channels), [torch.randn(count, length, config.enc_hidden_dim) for _ in config.selected_layer_index]
+    mask, t = torch.ones(count, length, dtype=torch.bool), torch.rand(count)
+    lens.rope_table(grid, length, tuple(config.axes_dims_rope), torch.device("cpu"))           # kept from step to step, so not the step's
+
+    @contextlib.contextmanager
+    def allocated(name):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            yield
+        measured[name] = sum(event.self_cpu_memory_usage for event in profile.events())
+    with allocated("weights"):
+        model = lens.build(size).train()
+    dead = set(model.unread())
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in dead)
+    train.set_recompute(model, how)
+    with allocated("average"):
+        average = copy.deepcopy(model)
+    optimizers = train.make_optimizers(model, train.Stage((512,), (24,), 1, 1e-4))
+    with allocated("activations"):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = train.flow_matching_loss(model, tokens, text, mask, grid, tokens, t).mean()
+    loss.backward()
+    with allocated("moments"):
+        optimizers[0].step()
+    total, learnt = sum(p.numel() for p in average.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    for name, account in {"weights": 4 * total, "average": 4 * total, "moments": 8 * learnt, "activations": train.activations(config, how, count, grid, length)}.items():
+        assert abs(measured[name] / account - 1) < 0.05, (name, measured[name], account)
+
+
 def test_compiled_blocks_compute_what_plain_ones_do():
     """--compile: one dynamic program must serve every size and text length, values and gradients."""
     plain = lens.build("nano").train()
