@@ -361,10 +361,10 @@ def build(size, seed=0):
         model = LensTransformer(SIZES[size].transformer)
     return model.to_empty(device="cpu").init_weights(torch.Generator().manual_seed(seed))
 
-def quicken(model, vae=None):
+def quicken(model, vae=None, fullgraph=True):
     """Compiles in place, so that weights keep their names: blocks one by one (alike, they compile once), for all sizes and text lengths."""
     for module in (*model.transformer_blocks, *([vae.decoder] if vae else [])):
-        module.compile(fullgraph=True, dynamic=True)
+        module.compile(fullgraph=fullgraph, dynamic=True)
 
 # --- 6. Noise levels ------------------------------------------------------------------------------------------------
 def sigmas(image_tokens, steps):

@@ -9,6 +9,7 @@ import torch
 
 import lens
 import sample
+import train
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -111,3 +112,14 @@ def test_compiled_inference_is_the_plain_one():
             text = list(features[:, None, :n].expand(-1, 3, -1, -1))
             plain, quick = (sample.denoise(m, noise, text, None, (3, 4), 2, 3.0, together=together) for m in (model, fast))
             assert relative(quick, plain) < 1e-6
+
+
+def test_the_bench_of_training_prints_json_lines(capsys):
+    train.main(["--bench", "--size", "nano", "--device", "cpu", "--batch", "2,1"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["pixels"] for row in rows] == ["64x64", "96x96"] and [row["batch"] for row in rows] == [2, 1]
+    for row in rows:
+        assert {"device", "dtype", "text_tokens", "recompute", "compiled", "warm_up", "cold_s", "peak_memory_gib"} <= row.keys()
+        assert row["ratio"] == pytest.approx(row["naive_s"] / row["ours_s"], rel=2e-3)
+        assert row["noise_s"] + row["gradients_s"] + row["optimizer_s"] == pytest.approx(row["ours_s"], rel=2e-2, abs=1e-5)
+        assert row["peak_share"] == pytest.approx(row["tflops"] / row["matmul_tflops"], rel=2e-3)
