@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -34,8 +34,7 @@ import lens
 import vae as autoencoder
 from lens import LensError
 
-HERE = Path(__file__).resolve().parent
-TOY = HERE / "weights" / "toy"
+TOY = Path(__file__).resolve().parent / "weights" / "toy"
 STEPS, GUIDANCE, BASE = 20, 5.0, 1024     # [checkpoint] where weights do not say otherwise
 TOY_BASE = 96                              # [ours] the toy's own size: pictures of 96 x 96 where nothing else is said
 MAX_AREA = 1440**2                         # [paper] the largest area it generalises to, untrained
@@ -104,11 +103,9 @@ def encode(encoder, prompts):
             by_length.setdefault(len(row), []).append(i)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                            # tokenize has already told what was cut
-        for members in by_length.values():
-            for chunk in (members[k:k + 64] for k in range(0, len(members), 64)):
-                features, _ = encoder.encode([prompts[i] for i in chunk])
-                for j, i in enumerate(chunk):
-                    found[i] = torch.stack([layer[j] for layer in features])
+        for chunk in (members[k:k + 64] for members in by_length.values() for k in range(0, len(members), 64)):
+            for i, one in zip(chunk, torch.stack(encoder.encode([prompts[i] for i in chunk])[0], 1)):
+                found[i] = one
     return found
 
 
@@ -142,8 +139,7 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
         groups.setdefault(0 if f is None else f.shape[1], []).append(i)
     batches = [members[k:k + batch_size] for members in groups.values() for k in range(0, len(members), batch_size)]
     start = min(steps - 1, steps - max(1, round(steps * strength))) if images else 0
-    results = {}
-    bar = tqdm(total=len(batches) * (steps - start), desc="denoise", unit="step", disable=not progress, leave=False)
+    results, bar = {}, tqdm(total=len(batches) * (steps - start), desc="denoise", unit="step", disable=not progress, leave=False)
     for batch in batches:
         noise = torch.cat([picture_noise(seeds[i], grid, transformer.config.in_channels) for i in batch]).to(device)
         if images:
@@ -170,6 +166,16 @@ def race(runners, rounds, device):
     return {name: (s[0], float(np.median(s[1:])), made[name]) for name, s in seconds.items()}
 
 
+def tell(found, work, peak, device, **row):
+    """Prints a case's JSON line: row, and what race found of ours, the naive and the tight path; work: our FLOPs, peak: FLOP/s of a matrix product."""
+    (cold, ours, _), naive, tight = found["ours"], found["naive"][1], found["tight"][1]
+    name, memory = ((f"cpu, {torch.get_num_threads()} threads", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) if device == "cpu" else
+                    (torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()))
+    row = dict(device=name, **row, warm_up=1, rounds=3, cold_s=cold, ours_s=ours, naive_s=naive, ratio=naive / ours, tight_s=tight, tight_ratio=tight / ours,
+               tflops=work / ours / 1e12, matmul_tflops=peak / 1e12, peak_share=work / ours / peak, peak_memory_gib=memory / 2**30)
+    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+
+
 def attempt(model, vaes, features, noise, grid, steps, guidance, without=(), pad=LIMIT):
     """(tokens, pixels) by all of TRICKS but some. With none it is what one writes first: text padded to `pad` and masked in both branches,
     each block's modulation made anew in every step, nothing compiled. features [K, S, E]; vaes: the plain one, the one in channels last."""
@@ -189,15 +195,15 @@ def attempt(model, vaes, features, noise, grid, steps, guidance, without=(), pad
 def bench(args, device):
     """A JSON line a case: seconds from features (toy: from the prompt) to pixels, ours beside the naive one padded to LIMIT and a `tight` one, masked
     but not padded; predicted_s: the first case's by FLOPs; without_...: times what all tricks but that one take. Random weights, but for the toy."""
-    name, side = (f"cpu, {torch.get_num_threads()} threads", 1024) if device == "cpu" else (torch.cuda.get_device_name(), 8192)
+    side = 1024 if device == "cpu" else 8192
     for size in [args.size] if args.size else ["toy", "small", *["full"] * (device != "cpu")]:
         dtype, _ = pick_dtype(device, args.dtype, lens.SIZES[size].transformer.inner_dim)
         with torch.device(device):
             big, model, vae, encoder = torch.randn(side, side).to(dtype), *(lens.load_pipeline(TOY, device, dtype) if size == "toy" else (
                 lens.LensTransformer(lens.SIZES[size].transformer).to(dtype), autoencoder.LensVAE(lens.SIZES[size].vae).eval().to(dtype), None))
-        vaes = copy.deepcopy(vae).to(memory_format=torch.contiguous_format), vae.to(memory_format=torch.channels_last)
+        vaes = copy.deepcopy(vae).to(memory_format=torch.contiguous_format), vae.to(memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
         lens.quicken(model, vae) if args.compile else None
-        n, (low, mid, high) = args.steps or STEPS, (32, 64, 90) if size == "full" else (8, 16, 32)
+        n, (low, mid, high) = args.steps or STEPS, {"full": (32, 64, 90), "nano": (2, 4, 8)}.get(size, (8, 16, 32))
         for k, (h, batch, steps, g, S) in enumerate([(mid, 1, n, GUIDANCE, 128), *((h, 1, n, GUIDANCE, 128) for h in (low, high)), (mid, 4, n, GUIDANCE, 128),
                                                      *((mid, 1, 4, g, 128) for g in (GUIDANCE, 1.0)), *((mid, 1, n, GUIDANCE, S) for S in (32, LIMIT))]):
             given = torch.randn(len(model.txt_norm), S, model.config.enc_hidden_dim).to(device, dtype)             # 128: the paper's captions have 109 words
@@ -208,13 +214,10 @@ def bench(args, device):
                 go("compiled")()
             table = {f"without_{trick.replace(' ', '_')}": go(trick) for trick in TRICKS if k == 0 and (args.compile or trick != "compiled")}
             found = race({"ours": go(), "naive": go(*TRICKS), "tight": go(*TRICKS, pad=0), "matmul": lambda: big @ big, **table}, 3, device)
-            (cold, ours, (a, _)), (_, naive, (b, _)), work, peak = found["ours"], found["naive"], counter.get_total_flops(), 2 * side**3 / found["matmul"][1]
+            ours, (a, _), (b, _), work, peak = found["ours"][1], found["ours"][2], found["naive"][2], counter.get_total_flops(), 2 * side**3 / found["matmul"][1]
             per_flop = ours / work if k == 0 else per_flop
-            row = dict(size=size, device=name, dtype=str(dtype)[6:], compiled=args.compile, pixels=f"{16 * h}x{16 * h}", image_tokens=h * h, text_tokens=read().shape[1], batch=batch,
-                       steps=steps, guidance=g, warm_up=1, rounds=3, cold_s=cold, ours_s=ours, naive_s=naive, ratio=naive / ours, tight_s=found["tight"][1], tight_ratio=found["tight"][1] / ours,
-                       predicted_s=per_flop * work, tflops=work / ours / 1e12, matmul_tflops=peak / 1e12, peak_share=work / ours / peak, peak_memory_gib=(torch.cuda.max_memory_allocated() if device != "cpu" else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**30,
-                       difference=((a - b).norm() / b.norm()).item(), **{name: found[name][1] / ours for name in table})
-            print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+            tell(found, work, peak, device, size=size, dtype=str(dtype)[6:], compiled=args.compile, pixels=f"{16 * h}x{16 * h}", image_tokens=h * h, text_tokens=read().shape[1],
+                 batch=batch, steps=steps, guidance=g, predicted_s=per_flop * work, difference=((a - b).norm() / b.norm()).item(), **{name: found[name][1] / ours for name in table})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,16 +304,13 @@ def check_writable(folder):
     (Path(folder) / ".writable").unlink()
 
 
-def contact_sheet(images, columns=None, labels=None):
-    """All pictures in one, a grid of equal cells; labels: a short text under each, or None."""
+def contact_sheet(images, columns=None):
+    """All pictures in one, a grid of equal cells."""
     columns = columns or math.ceil(math.sqrt(len(images)))
-    w, h = max(i.width for i in images), max(i.height for i in images) + (14 if labels else 0)
+    w, h = max(i.width for i in images), max(i.height for i in images)
     sheet = Image.new("RGB", (columns * (w + 4) - 4, math.ceil(len(images) / columns) * (h + 4) - 4), "white")
     for k, image in enumerate(images):
-        at = (k % columns * (w + 4), k // columns * (h + 4))
-        sheet.paste(image, at)
-        if labels:
-            ImageDraw.Draw(sheet).text((at[0] + 2, at[1] + h - 13), labels[k], fill="black")
+        sheet.paste(image, (k % columns * (w + 4), k // columns * (h + 4)))
     return sheet
 
 
@@ -400,8 +400,7 @@ HUES = np.array([colorsys.rgb_to_hsv(*(v / 255 for v in rgb))[0] for rgb in data
 def look(image):
     """(list of Found, background luminance in [0, 1]) of a PIL image or uint8 array [H, W, 3]."""
     rgb = np.asarray(image, np.float32)[..., :3] / 255
-    height, width = rgb.shape[:2]
-    low, high = rgb.min(-1), rgb.max(-1)
+    (height, width), low, high = rgb.shape[:2], rgb.min(-1), rgb.max(-1)
     chroma = high - low                                                            # [H, W]: 0 on greys, about 0.7 on objects
     r, g, b = np.moveaxis(rgb, -1, 0)
     safe = np.maximum(chroma, 1e-6)
@@ -411,8 +410,7 @@ def look(image):
     labels = np.where(chroma > 0.22, nearest, 0)
     empty = chroma < 0.10
     tone = float(rgb.mean(-1)[empty].mean()) if empty.any() else 0.5
-    table, spread = _references()
-    found = []
+    (table, spread), found = _references(), []
     for ys, xs in _regions(labels):
         if len(ys) < 0.30 * math.pi * data.SIZE_RANGES["small"][0] ** 2 * height * width:   # specks: under a third of the smallest object
             continue
@@ -707,8 +705,7 @@ def arguments(argv):
     lens.require(min(args.steps or 1, args.num) > 0 and args.steps != 0 and args.per_task > 1, "--steps and --num must be at least 1, --per-task at least 2")
     lens.require(0 < args.strength <= 1, f"--strength {args.strength}: must be above 0 and at most 1")
     lens.require(args.size in (None, *lens.SIZES), f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
-    if not args.eval and not args.bench and not args.prompt and not args.prompts_file:
-        raise LensError("nothing to do: give --prompt, --prompts-file or --eval (--help explains)")
+    lens.require(args.eval or args.bench or args.prompt or args.prompts_file, "nothing to do: give --prompt, --prompts-file or --eval (--help explains)")
     lens.require(all(p.strip() for p in args.prompt or []), "--prompt is empty: say what the picture should show")
     lens.require(args.reason or not (args.system_prompt or args.endpoint), "--system-prompt and --endpoint tell the reasoner what to do: add --reason")
     return args
@@ -729,10 +726,8 @@ def main(argv=None):
     print(f"{device}, {str(dtype)[6:]} ({why}); {args.steps} steps, guidance {args.guidance:g}, {width} x {height} pixels")
     out = Path(args.out)
     prompts, rows = read_prompts(args.prompts_file) if args.prompts_file else (args.prompt or [], None)
-    start = None
-    if args.image:
-        with lens.told(f"cannot read --image {args.image}"):
-            start = Image.open(args.image).convert("RGB")
+    with lens.told(f"cannot read --image {args.image}"):
+        start = Image.open(args.image).convert("RGB") if args.image else None
     check_writable(out)
     read = lambda: lens.load_pipeline(folder, device, dtype, parts=("text_encoder",), date=args.date)[2]
 
@@ -751,9 +746,7 @@ def main(argv=None):
                                        reasoner(args, notes, pipeline[2]) if args.reason else None)
         contact_sheet(pictures[::max(1, args.per_task // 8)], 12).save(out / "eval.png")
         print(f"\n{'task':14} score   ({args.per_task} held-out {args.requests} prompts a task{', rewritten' * args.reason}, {time.perf_counter() - begin:.0f} s, pictures in {out}/eval.png)")
-        for name, value in scores.items():
-            print(f"{name:14} {value:.3f}")
-        print(json.dumps(scores))
+        print("".join(f"{name:14} {value:.3f}\n" for name, value in scores.items()) + json.dumps(scores))
         return
 
     requests, encoder = prompts, read() if args.reason and not args.endpoint else None

@@ -10,18 +10,17 @@ a change to either means training everything after it again. From nothing to a m
     python sample.py --eval --weights runs/toy           #    the six-task table
 
     torchrun --nproc-per-node 2 train.py --compile --batch 48,36,24        # only 3, over weights/toy; one process a GPU, or a core
+    python train.py --bench --compile                    # what a step takes, beside a naive one
     python train.py --size full --dry-run                # what the real size would take; then, with shards of `data.py pack`:
     torchrun --nproc-per-node 8 train.py --size full --stage 2 --data 'shards/*.tar' --parts DIR_OR_REPO --fsdp --recompute selective
 
 The same command again resumes what DIR holds. DIR is a checkpoint that `sample.py --weights DIR` takes as it is.
 
-Where the toy departs from the paper [ours]: its pictures are encoded once and kept, each with several captions (drawing and
-encoding cost as much as a training step); the learning rate falls to zero over the last half of a stage, since a short run's
-average of weights cannot do that work alone; the blocks' matrices are trained by Muon (`make_optimizers`); times sit nearer
-t = 1 (`TIMES`).
+Where the toy departs from the paper [ours]: its pictures are encoded once and kept, each with several captions (drawing and encoding
+cost as much as a training step); the learning rate falls to zero over the last half of a stage, since a short run's average of weights
+cannot do that work alone; the blocks' matrices are trained by Muon (`make_optimizers`); times sit nearer t = 1 (`TIMES`).
 """
-import argparse, contextlib, copy, dataclasses, functools, glob, itertools, json, math, os, shlex, shutil, signal, sys, time, warnings
-from datetime import timedelta
+import argparse, contextlib, copy, dataclasses, datetime, functools, glob, itertools, json, math, os, shlex, shutil, signal, sys, time, warnings
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
@@ -112,7 +110,7 @@ def join(device):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():                          # the others wait for rank 0 while it draws the world: hours, at most
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=2))
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -147,9 +145,8 @@ def toy_tokenizer(seed=0, scenes=4000):
     for i in range(scenes):
         texts += [sample.sampled(seed, 0, i, 96, 96, style=style)[2] for style in ("dense", "brief", "vague")]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.normalizer, tokenizer.decoder = normalizers.Lowercase(), decoders.ByteLevel()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)      # a word is the same token first and later in a prompt
-    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=768, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     head, tail = lens.CHAT["gpt_oss"]
@@ -207,11 +204,9 @@ def train_text(args):
             t.copy_(groups["optimizer"][name])
         print(f"resuming at step {step}")
     log = Log(out / "text", step)
-    loader = torch.utils.data.DataLoader(Sentences(tokenizer, args.seed, batch), batch_size=None, sampler=range(step, steps), num_workers=1)
-    bar = tqdm(loader, initial=step, total=steps, desc="text encoder", mininterval=2)
+    bar = tqdm(torch.utils.data.DataLoader(Sentences(tokenizer, args.seed, batch), batch_size=None, sampler=range(step, steps), num_workers=1), initial=step, total=steps, desc="text encoder", mininterval=2)
     for ids, labels, mask in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * schedule(step, steps, 100, 0.6)
+        optimizer.param_groups[0]["lr"] = 2e-3 * schedule(step, steps, 100, 0.6)
         logits = model(input_ids=ids.to(args.device), attention_mask=mask.to(args.device)).logits            # [B, L, vocabulary]
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(args.device), ignore_index=-100)
         optimizer.zero_grad()
@@ -256,9 +251,8 @@ STAGES = {"nano": {1: Stage((64,), (16,), 30, 1e-3, (64,), 3e-3, TIMES), 2: Stag
           "full": {1: Stage((512,), (24,), 400_000, 2e-4, decay=False, betas=(0.9, 0.999)),        # [paper]
                    2: Stage((512, 768, 1024), (24, 10, 6), 400_000, 1e-4, decay=False, betas=(0.9, 0.999))}}
 CAPTIONS = 2              # kept per scene, each stating other details
-# How often training draws each of data.SHAPES [ours]. With all alike, three quarters of the wrong pictures of a model at 0.80 were
-# wrong in a star alone: five thin arms over a few tokens, decided between t = 0.8 and 0.5 (of stars noised to 0.8, 0.62 came back
-# as stars; of squares, all).
+# How often training draws each of data.SHAPES [ours]. With all alike, three quarters of the wrong pictures of a model at 0.80 were wrong
+# in a star alone: five thin arms over few tokens, decided between t = 0.8 and 0.5 (of stars noised to 0.8, 0.62 came back; of squares, all).
 ODDS = (0.11, 0.12, 0.12, 0.37, 0.17, 0.11)
 BRIEF = 0.25              # [ours] share of the captions of "position" scenes that state the relation and nothing else
 DROPOUT = 0.1             # [ours] share of samples trained without text: the unconditional branch that guidance needs
@@ -315,8 +309,7 @@ class World:
             save_state(path, 0, {"key": key, **notes}, **groups)
         self.words = notes["words"]
         parse = lambda name: tuple(int(v) for v in name.split("x"))
-        self.tokens = {parse(k): v for k, v in groups["tokens"].items()}
-        self.text = {parse(k): v for k, v in groups["text"].items()}
+        self.tokens, self.text = ({parse(k): v for k, v in groups[name].items()} for name in ("tokens", "text"))
         self.offsets = {parse(k): F.pad(v.cumsum(0), (1, 0)) for k, v in groups["lengths"].items()}
         self.sizes = sorted(self.tokens)                                           # a file gives them back in its own order
         counts = [len(self.tokens[size]) for size in self.sizes]
@@ -359,10 +352,8 @@ class Pictures:
     """Tar shards as the denoiser meets them: decoded by workers while the last batch trains, encoded here by the frozen models."""
 
     def __init__(self, args, stage):
-        try:
+        with lens.told("--data"):
             self.shards = data.Shards(args.data, [size for area in stage.areas for size in stage.sizes(area)], args.seed, data.vae_identity(args.parts))
-        except ValueError as e:
-            raise LensError(str(e)) from None
         self.sizes, self.buckets, self.digest, self.words = self.shards.sizes, self.shards.buckets, self.shards.digest, []
         self.vae, self.encoder, self.device, self.workers, self.waited = args.vae, args.encoder, args.device, args.workers, 0.0
         args.say(f"{len(self.buckets):,} samples in {len(self.shards.paths)} shards; left out: {dict(+self.shards.faults) or 'nothing'}")
@@ -391,13 +382,9 @@ class Pictures:
 def noise_and_time(seed, epoch, samples, shape, times):
     """One generator a sample, from (seed, epoch, sample): noise [B, N, C], t [B] logit-normal, dropped [B] bool.
     times: mean and standard deviation of logit(t)."""
-    noise, t, dropped = [], [], []
-    for i in samples:
-        g = generator(seed, epoch, i)
-        noise.append(torch.randn(shape, generator=g))
-        t.append(torch.sigmoid(times[0] + times[1] * torch.randn((), generator=g)))            # logit-normal [paper]
-        dropped.append(torch.rand((), generator=g) < DROPOUT)
-    return torch.stack(noise), torch.stack(t), torch.stack(dropped)
+    rows = [(torch.randn(shape, generator=g), torch.sigmoid(times[0] + times[1] * torch.randn((), generator=g)), torch.rand((), generator=g) < DROPOUT)
+            for g in (generator(seed, epoch, i) for i in samples)]                 # logit-normal [paper]
+    return tuple(map(torch.stack, zip(*rows)))
 
 
 def flow_matching_loss(model, tokens, text, mask, grid, noise, t):
@@ -506,8 +493,7 @@ def train_stage(number, args, source, model, parallel, ema, optimizers, state, l
     plan = lambda epoch: data.plan(source.buckets, source.lengths(epoch), batch, args.seed, epoch)
     sizes = [(len(samples), batch[b]) for b, samples, _ in plan(0)]                # the same in every epoch, but for their order
     epoch_length = -(-len(sizes) // group)
-    if state.setdefault("data", source.digest) != source.digest:
-        raise LensError(f"--data: these shards are not those that the run in {args.out} began with; give another --out, or the same shards")
+    lens.require(state.setdefault("data", source.digest) == source.digest, f"--data: these shards are not those that the run in {args.out} began with; give another --out, or the same shards")
     args.say(f"an epoch is {epoch_length} steps of {group} device batches; {sum(count < full for count, full in sizes)} batches are smaller: what was left over in their buckets")
     bar = tqdm(total=steps, initial=state["step"], desc=f"stage {number}", unit="step", mininterval=2, disable=args.rank > 0)
     while state["step"] < steps:
@@ -520,9 +506,7 @@ def train_stage(number, args, source, model, parallel, ema, optimizers, state, l
         for step in found:
             begin, total = time.perf_counter(), sum(len(samples) for _, samples, _ in step)
             factor = schedule(state["step"], steps, 100) if stage.decay else min(1.0, (state["step"] + 1) / 1000)
-            for optimizer, lr in zip(optimizers, (stage.lr, stage.muon_lr)):
-                for of in optimizer.param_groups:
-                    of["lr"] = lr * factor
+            [of.update(lr=lr * factor) for optimizer, lr in zip(optimizers, (stage.lr, stage.muon_lr)) for of in optimizer.param_groups]
             loss, by_t, stop, work = train_step(args, source, model, parallel, deal(step), total, stream, stage, state)
             norm = whole(torch.nn.utils.clip_grad_norm_([p for p in named.values() if p.requires_grad], CLIP)).item()
             # One bad batch must not reach the weights: a NaN there is for ever, and Adam remembers a spike for hundreds of steps.
@@ -537,8 +521,7 @@ def train_stage(number, args, source, model, parallel, ema, optimizers, state, l
             elif state["in_a_row"] == PATIENCE:
                 raise LensError(f"{PATIENCE} steps in a row had a loss that was not finite or over {SPIKE:g} times the usual, {loss:.3g} at the last (step {state['total']}): "
                                 f"none of them touched the weights; the last checkpoint in {args.out} is whole. Try a lower learning rate")
-            if state["replaced"] > 100 + 0.01 * state["seen"]:
-                raise LensError(f"{state['replaced']} of {state['seen']} samples could not be read: more than one in a hundred; look at the shards (data.py stats)")
+            lens.require(state["replaced"] <= 100 + 0.01 * state["seen"], f"{state['replaced']} of {state['seen']} samples could not be read: more than one in a hundred; look at the shards (data.py stats)")
             with torch.no_grad():                                                  # a young average forgets its random start quickly
                 torch._foreach_lerp_(averaged, trained, 1 - min(EMA, (1 + state["total"]) / (10 + state["total"])))
             seconds = time.perf_counter() - begin
@@ -549,8 +532,7 @@ def train_stage(number, args, source, model, parallel, ema, optimizers, state, l
                        peak_share=round(work / seconds / peak, 3), wait_s=round(source.waited, 4), seconds=round(state["seconds"], 2),
                        memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if args.device != "cpu" else None)
             bar.update()
-            if state["step"] % 10 == 0:
-                bar.set_postfix_str(f"loss {loss:.3f}, {total / seconds:.0f} pictures/s, {row['peak_share']:.0%} of peak")
+            bar.set_postfix_str(f"loss {loss:.3f}, {total / seconds:.0f} pictures/s, {row['peak_share']:.0%} of peak", refresh=False)
             report(number, args, model, ema, optimizers, state, source, log, row, state["step"] == steps, stop, bar, home)
     bar.close()
 
@@ -558,8 +540,7 @@ def train_stage(number, args, source, model, parallel, ema, optimizers, state, l
 def report(number, args, model, ema, optimizers, state, source, log, row, last, stop, bar, home):
     """What happens beside a step: previews, evaluation, the log, checkpoints, and the end that SIGTERM asks for."""
     due = lambda every: every and (state["step"] % every == 0 or last)
-    if due(args.preview_every) or due(args.eval_every):
-        shown = averaged_model(args, ema)
+    shown = averaged_model(args, ema) if due(args.preview_every) or due(args.eval_every) else None
     if due(args.preview_every) and args.rank == 0:
         prompts = [prompt for task in ("position", "counting") for *_, prompt in sample.held_out(task, 6, *home)]
         pictures = sample.generate(prompts, (shown, args.vae, args.encoder), height=home[0], width=home[1], guidance=args.guidance)
@@ -602,13 +583,8 @@ def checkpointing(what):
         warnings.simplefilter("ignore")
         try:
             yield
-        except CheckpointException as e:
+        except dcp.CheckpointException as e:
             raise OSError(*(str(failure) for failure, _ in list(e.failures.values())[:1])) from None
-
-
-def checkpoints(out):
-    """Finished resume states of a folder, oldest first."""
-    return sorted((path for path in Path(out).glob("state-*") if path.name[6:].isdigit()), key=lambda path: int(path.name[6:]))
 
 
 def save(args, number, model, ema, optimizers, state, words):
@@ -644,6 +620,7 @@ def resume(args, model, ema, optimizers, state):
     return state.pop("stage")
 
 
+checkpoints = lambda out: sorted((p for p in Path(out).glob("state-*") if p.name[6:].isdigit()), key=lambda p: int(p.name[6:]))      # finished ones, oldest first
 has_parts = lambda folder: all((Path(folder) / part / "config.json").exists() for part in ("vae", "text_encoder"))
 
 
@@ -685,6 +662,36 @@ def activations(config, how, count, grid, length):
     return kept[0] + (config.num_layers - 2) * (kept[1] - kept[0])
 
 
+def bench(args):
+    """A JSON line an area: seconds of a training step of one device batch, ours beside the naive one (text padded to sample.LIMIT, nothing
+    compiled, no fused optimiser, attention of PyTorch's own choice) and a `tight` one (the same, not padded). Captions of the usual length."""
+    stage, S, args.notice = args.table[args.stages[-1]], 40 if args.size in ("nano", "toy") else 128, []
+    (dtype, _), model = sample.pick_dtype(args.device, None, lens.SIZES[args.size].transformer.inner_dim), lens.build(args.size, args.seed).to(args.device).train()
+    [p.requires_grad_(False) for name, p in model.named_parameters() if name in set(model.unread())]
+    optimizers, state, peak = make_optimizers(model, stage), {"bf16": dtype == torch.bfloat16, "replaced": 0}, matmul_peak(args.device, dtype)
+    set_recompute(model, args.recompute)
+    lens.quicken(model, fullgraph=False) if args.compile else None
+    for area, count in stage.batch.items():
+        def gradients(length=S, ours=True):
+            torch.backends.cuda.enable_flash_sdp(args.device != "cpu" or not ours)
+            text, mask = torch.ones(len(model.txt_norm), count, length, model.config.enc_hidden_dim), (torch.arange(length) < S).expand(count, -1)
+            batch = torch.zeros(count, (area // 16) ** 2, model.config.in_channels), list(text), mask, []
+            with torch.compiler.set_stance("default" if ours else "force_eager"):
+                return train_step(args, argparse.Namespace(sizes=[(area, area)]), model, model, [((0, range(count), 0), 1)], count, iter([batch]), stage, state)
+
+        def step(length=S, ours=True):
+            gradients(length, ours)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            for optimizer in optimizers:
+                [group.update(fused=ours, foreach=False) for group in optimizer.param_groups if "fused" in group]
+                optimizer.step(), optimizer.zero_grad()
+        parts = {"noise": lambda: noise_and_time(args.seed, 0, range(count), ((area // 16) ** 2, model.config.in_channels), (1.0, 1.0)), "gradients": gradients}
+        found = sample.race({"ours": step, "naive": lambda: step(sample.LIMIT, False), "tight": lambda: step(S, False), **parts}, 3, args.device)
+        ours, work, (noise, grads) = found["ours"][1], found["gradients"][2][-1], (found[part][1] for part in parts)
+        sample.tell(found, work, peak, args.device, size=args.size, dtype=str(dtype)[6:], compiled=args.compile, recompute=args.recompute, pixels=f"{area}x{area}", batch=count,
+                    text_tokens=S, noise_s=noise, gradients_s=grads - noise, optimizer_s=ours - grads)
+
+
 def train_denoiser(args):
     out, first = Path(args.out), args.table[args.stages[0]]
     config = lens.SIZES[args.size].transformer
@@ -693,27 +700,19 @@ def train_denoiser(args):
     model = (lens.load_transformer(args.init, args.device, torch.float32) if args.init else lens.build(args.size, args.seed).to(args.device)).train()
     lens.require(model.config == config, f"--init {args.init}: its weights are not of size {args.size}")
     args.encoder.layers = config.selected_layer_index                        # a folder of parts alone does not say which
-    dead = set(model.unread())
-    for name, p in model.named_parameters():
-        p.requires_grad_(name not in dead)
-    if args.lora:
-        args.say(f"LoRA of rank {args.lora} on {lens.add_lora(model, args.lora, args.lora, generator=generator(args.seed))} layers")
+    [p.requires_grad_(False) for name, p in model.named_parameters() if name in set(model.unread())]
+    args.say(f"LoRA of rank {args.lora} on {lens.add_lora(model, args.lora, args.lora, generator=generator(args.seed))} layers") if args.lora else None
     ema = copy.deepcopy(model).requires_grad_(False)
-    if args.device == "cpu":
-        # Flash attention pays on long sequences; on these of 60 tokens its backward took half of a step on a CPU.
-        torch.backends.cuda.enable_flash_sdp(False)
+    # Flash attention pays on long sequences; on these of 60 tokens its backward took half of a step on a CPU.
+    torch.backends.cuda.enable_flash_sdp(args.device != "cpu")
     state = {"step": 0, "total": 0, "seen": 0, "seconds": 0.0, "bf16": None, "usual": None, "in_a_row": 0, "skipped": 0, "replaced": 0}
     dtype, why = same_everywhere(sample.pick_dtype(args.device.split(":")[0], None, config.inner_dim))
     set_recompute(model, args.recompute)
-    if args.compile:
-        for block in model.transformer_blocks:             # in place: the weights keep their names
-            block.compile(dynamic=True)                    # one program for all sizes and text lengths
+    lens.quicken(model, fullgraph=False) if args.compile else None                # FSDP's hooks and recomputation break the graph
     if args.fsdp:                                          # each rank keeps a share of every weight, its average and its moments; a block is gathered when it runs
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for m in (model, ema):
-            for block in m.transformer_blocks:
-                fully_shard(block, mp_policy=policy)
-            fully_shard(m, mp_policy=policy)
+        for part in (part for m in (model, ema) for part in (*m.transformer_blocks, m)):
+            fully_shard(part, mp_policy=policy)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if args.ranks > 1 and not args.fsdp else model
     optimizers = make_optimizers(model, first)
     at = resume(args, model, ema, optimizers, state) or min(args.stages)
@@ -726,12 +725,10 @@ def train_denoiser(args):
             state["step"], at = 0, number
             state.pop("data", None)
         if state["step"] < (args.steps or args.table[number].steps):
-            if args.rank > 0:
-                dist.barrier()                             # rank 0 draws the world, or indexes the shards; the others then read what it wrote
+            dist.barrier() if args.rank > 0 else None      # rank 0 draws the world, or indexes the shards; the others then read what it wrote
             source = (Pictures(args, args.table[number]) if args.data else
                       World(args.table[number], args.seed, args.vae, args.encoder, out / f"world-{number}.safetensors", args.device))
-            if args.rank == 0 and args.ranks > 1:
-                dist.barrier()
+            dist.barrier() if args.rank == 0 and args.ranks > 1 else None
             train_stage(number, args, source, model, parallel, ema, optimizers, state, log)
     args.say(f"done: python sample.py --eval --weights {args.out}")
 
@@ -766,6 +763,7 @@ def main(argv=None):
     parser.add_argument("--fsdp", action="store_true", help="under torchrun: weights and moments are shared out over the ranks (else each holds all: DDP)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter over --init instead of all weights")
     parser.add_argument("--workers", type=int, default=4, help="processes a rank that decode --data")
+    parser.add_argument("--bench", action="store_true", help="train nothing: a JSON line an area, a step of ours beside a naive one (--size, --recompute, --compile)")
     parser.add_argument("--dry-run", action="store_true", help="train nothing: print parameters, memory and FLOPs of each setting")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")
@@ -784,20 +782,18 @@ def main(argv=None):
     args.base, args.guidance = HOME.get(args.size, (sample.BASE, sample.GUIDANCE))
     if args.dry_run:
         return dry_run(args)
-    lens.require(args.data or args.size in ("nano", "toy"), f"--size {args.size}: name the shards to train on with --data (`data.py pack` makes them); the toy world is for --size toy or nano")
+    lens.require(args.data or args.bench or args.size in ("nano", "toy"), f"--size {args.size}: name the shards to train on with --data (`data.py pack` makes them); the toy world is for --size toy or nano")
     lens.require(min(1 if args.steps is None else args.steps, args.save_every, args.accumulate) > 0, "--steps, --save-every and --accumulate must be at least 1")
     args.rank, args.ranks, args.device = join(sample.pick_device(args.device))
     lens.require(args.ranks > 1 or not args.fsdp, "--fsdp shares weights among processes: start it with torchrun --nproc-per-node N train.py ...")
+    if args.bench:
+        return bench(args)
     args.say = print if args.rank == 0 else lambda *_: None
     if args.rank > 0 and (args.stage == "text" or args.export):
         return                                             # small work, for one process
     sample.check_writable(args.out) if args.rank == 0 else None        # two processes would remove each other's trial file
-    if args.stage == "text":
-        return train_text(args)
     args.parts = args.parts or str(args.out if has_parts(args.out) else sample.TOY)
-    if args.export:
-        return export(args)
-    train_denoiser(args)
+    (train_text if args.stage == "text" else export if args.export else train_denoiser)(args)
 
 
 if __name__ == "__main__":
