@@ -50,7 +50,6 @@ R1_GAMMA, R1_NOISE, R1_SHARE = 1.0, 0.1, 0.25      # [paper], [paper]; [ours] sh
 BETAS = (0.0, 0.9)                         # [paper] of AdamW: an adversary's old gradients mislead
 MARGIN = 0.02                              # [ours] of a range of noise levels, left out at both ends: nothing can be learnt there
 
-
 class Settings(NamedTuple):
     stage: train.Stage   # areas, pictures a batch, steps, the student's learning rate, scenes of the toy world
     fake_lr: float
@@ -59,15 +58,15 @@ class Settings(NamedTuple):
     guidance: float      # of the teacher, to be distilled
     average: float       # decay of the student's average
 
-
 SETTINGS = {"nano": Settings(train.Stage((64, 96), (8, 4), 20, 1e-4, (48, 24)), 1e-4, 1e-3, 0.02, 5.0, 0.9),
-            "toy": Settings(train.Stage((64, 96, 128), (16, 16, 8), 400, 1e-5, (300, 3000, 300)), 5e-5, 2e-3, 0.02, 5.0, 0.98),       # [ours]
-            "full": Settings(train.Stage((512, 768, 1024), (4, 4, 4), 1000, 5e-7), 5e-7, 1e-4, 0.001, 5.0, 0.98)}                # [paper] but the average
+            # [ours]
+            "toy": Settings(train.Stage((64, 96, 128), (16, 16, 8), 400, 1e-5, (300, 3000, 300)), 5e-5, 2e-3, 0.02, 5.0, 0.98),
+            # [paper] but the average
+            "full": Settings(train.Stage((512, 768, 1024), (4, 4, 4), 1000, 5e-7), 5e-7, 1e-4, 0.001, 5.0, 0.98)}
 # The toy's gan: L_DM and L_CA are means over a picture's numbers, so their pull on y shrinks with the root of how many there are, and
 # that of L_G does not. A toy picture has 1,152, one of 1024 x 1024 524,288: with the paper's 0.001 the heads' pull on the toy was a
 # thousandth of the other two; times sqrt(524288 / 1152) it stands to them as in the paper.
 LORA_LR = 20.0           # [ours] an adapter's rates against those of whole weights: its B starts at zero and its product is small
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise levels, and the student's own sampler.
@@ -79,13 +78,11 @@ def shifted(u, levels):
     odds = last / (1 - last) * (steps - 1)
     return odds * u / (1 - u + odds * u)
 
-
 def draw_levels(count, levels, below, rng):
     """[count] noise levels, evenly drawn in the unshifted variable from 0 to `below`, then shifted. DM: below = 1, the whole range.
     CA: below = 1 - k / steps, so tau_CA < t_k, strictly. The decoupled-DMD paper writes time the other way round; ports that copied its
     sign drew the noisier levels, where guidance overshoots (the mean of the check lands at 6.08 m, not at 1.92 m)."""
     return shifted(below * (MARGIN + (1 - 2 * MARGIN) * torch.rand(count, generator=rng)), levels)
-
 
 @torch.no_grad()
 def simulate(model, noise, text, mask, grid, k):
@@ -102,7 +99,6 @@ def simulate(model, noise, text, mask, grid, k):
         x = x + (levels[i + 1] - levels[i]).item() * v
     return x
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The forces on a prediction y. A gradient here is what is subtracted from y.
 
@@ -110,29 +106,24 @@ def dm_gradient(v_fake, v_teacher, t):
     """x0^_phi - x0^_T(cond) at one noised y, from their velocities (x0 = x_t - t v): [B, N, C]. Zero where the student is the data."""
     return lens.wide(t, v_teacher) * (v_teacher - v_fake)
 
-
 def ca_gradient(v_cond, v_uncond, t, guidance, guide=sample.guide):
     """-(g - 1)(x0^_T(cond) - x0^_T(uncond)): plain against guided prediction, by the guidance of the sampler, rescaling and all. Without
     the rescaling the student learns the burnt-out colours that the teacher's sampler takes care to avoid."""
     return lens.wide(t, v_cond) * (guide(v_cond, v_uncond, guidance) - v_cond)
-
 
 def normalised(gradient, y, x0_teacher):
     """Divided per sample by mean|y - x0^_T|: levels at which the teacher itself is unsure of y count no more than others. Not by the
     gradient's own size: it would then never vanish."""
     return gradient / (y - x0_teacher).abs().mean((1, 2), keepdim=True).clamp_min(1e-5)
 
-
 def pull(y, gradient):
     """1/2 |y - stop(y - gradient)|^2, a loss whose gradient at y is `gradient`. Mean over all numbers."""
     return 0.5 * (y - (y - gradient).detach()).square().mean()
-
 
 def follow(behind, ahead, rate):
     """behind <- (1 - rate) behind + rate ahead: IDA for the fake (rate 0.03 lags 32.3 steps), and the student's average."""
     with torch.no_grad():
         torch._foreach_lerp_([train.local(p) for p in behind], [train.local(p) for p in ahead], rate)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The discriminator: heads on the frozen teacher's image stream.
@@ -141,17 +132,16 @@ def places(blocks):
     """Blocks whose output the heads read: after a third, two thirds and all of them."""
     return sorted({blocks // 3, 2 * blocks // 3, blocks - 1})
 
-
 def make_heads(config, seed):
     """One head a place, each a logit a token. The last layer starts at zero: no opinion, and no force on the student."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         width, hidden = config.inner_dim, min(256, config.inner_dim)
-        heads = nn.ModuleList([nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1)) for _ in places(config.num_layers)])
+        heads = nn.ModuleList([nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+                               for _ in places(config.num_layers)])
     for head in heads:
         nn.init.zeros_(head[-1].weight)
     return heads
-
 
 def tapped(model, x, t, text, mask, grid):
     """[B, N, W] for each of `places`: LensTransformer.forward up to the last of them. Not by hooks: compiled blocks pass over hooks that
@@ -163,23 +153,19 @@ def tapped(model, x, t, text, mask, grid):
         seen += [img] if i in places(len(model.transformer_blocks)) else []
     return seen
 
-
 def judge(heads, features):
     """Logits [B, places * N], in fp32: high for real."""
     return torch.cat([head(f.float()).squeeze(-1) for head, f in zip(heads, features)], 1)
 
-
 def logistic(real, made):
     """The heads' loss from their logits on real and on made pictures: 2 log 2 where they know nothing."""
     return F.softplus(-real).mean() + F.softplus(made).mean()
-
 
 def approximate_r1(judged, x, noise):
     """gamma / 2 |D(x) - D(x + a noise)|^2: for small a the squared length of D's gradient times gamma a^2 / 2, without a second
     backward pass. judged: x -> logits. In fp32: the difference of two nearly equal numbers is what bf16 cannot hold."""
     plain, moved = judged(torch.cat([x, x + R1_NOISE * noise])).chunk(2)
     return R1_GAMMA / 2 * (plain - moved).square().mean()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Who plays: teacher, student, fake, and the student's average `ema`.
@@ -190,21 +176,21 @@ def act(args, who):
         lens.set_lora(args.nets[who], None if who == "teacher" else who)
     return args.nets[who]
 
-
 def weights(args, who):
     """{name: parameter} of what is trained in student and fake, and averaged in `ema`; in the same order for all three."""
     if args.lora:
-        return {f"{n}.lora_{ab}": getattr(layer, f"lora_{ab}")[who] for n, layer in lens.lora_layers(args.nets[who], who).items() for ab in "AB"}
+        return {f"{n}.lora_{ab}": getattr(layer, f"lora_{ab}")[who]
+                for n, layer in lens.lora_layers(args.nets[who], who).items() for ab in "AB"}
     dead = set(args.nets[who].unread())
     return {name: p for name, p in args.nets[who].named_parameters() if name not in dead}
 
-
 def make_nets(args, folder, dtype):
     """Fills args.nets. All weights are fp32, and computed with in bf16 (autocast)."""
-    base = lens.load_transformer(lens.part_folder(folder, "transformer"), "cpu" if args.fsdp else args.device, torch.float32)
+    base = lens.load_pipeline(folder, "cpu" if args.fsdp else args.device, torch.float32, parts=("transformer",))[0]
     lens.require(base.config == lens.SIZES[args.size].transformer, f"--teacher {args.teacher}: its weights are not of size {args.size}")
     base.requires_grad_(True)
-    for who in ("student", "fake", "ema") if args.lora else ():                    # one seed: all three start alike, and as the teacher (B is zero)
+    # one seed: all three start alike, and as the teacher (B is zero)
+    for who in ("student", "fake", "ema") if args.lora else ():
         lens.add_lora(base, args.lora, args.lora, name=who, generator=train.generator(args.seed, 1))
         base.requires_grad_(True)
     base.requires_grad_(False)
@@ -219,13 +205,14 @@ def make_nets(args, folder, dtype):
                 block.compile(dynamic=True)
         if args.fsdp:              # each shares the same weights out in the same way, so `follow` needs no word from another rank
             # The teacher is gathered in fp32, for the R1. Inputs are left alone: rotary angles must stay fp32.
-            policy = MixedPrecisionPolicy() if who == "teacher" else MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            policy = (MixedPrecisionPolicy() if who == "teacher" else
+                      MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))
             for block in model.transformer_blocks:
                 fully_shard(block, mp_policy=policy)
             fully_shard(model, mp_policy=policy)
             register_fsdp_forward_method(model, "tapped")                          # it gathers weights as forward does
-    args.trained = {who: weights(args, who) for who in ("student", "fake", "ema")}             # now: gathered weights would go by the same names
-
+    # now: gathered weights would go by the same names
+    args.trained = {who: weights(args, who) for who in ("student", "fake", "ema")}
 
 def descend(args, optimizer):
     """One step along the mean gradient of all ranks, clipped; one that is not finite touches nothing. -> its norm."""
@@ -240,7 +227,6 @@ def descend(args, optimizer):
     optimizer.zero_grad()
     return norm
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The two kinds of update.
 
@@ -252,7 +238,6 @@ class Batch(NamedTuple):
     start: torch.Tensor          # [B, N, C] noise
     rng: torch.Generator
 
-
 def get_batch(args, source, number, bucket, samples, found):
     """Update `number`'s batch: its noise is a function of (seed, number, rank), and k of (seed, number), the same on all ranks: a rank
     that had fewer steps to simulate would wait for the others."""
@@ -261,8 +246,8 @@ def get_batch(args, source, number, bucket, samples, found):
     rng, move = train.generator(args.seed, number, 1 + args.rank), lambda x: x.to(args.device, non_blocking=True)
     grid, k = (height // 16, width // 16), int(torch.randint(STEPS, (), generator=train.generator(args.seed, number)))
     start = torch.randn((len(samples), grid[0] * grid[1], args.nets["teacher"].config.in_channels), generator=rng)
-    return Batch(None if real is None else move(real), ([move(layer) for layer in text], move(mask), grid), lens.sigmas(start.shape[1], STEPS), k, move(start), rng)
-
+    return Batch(None if real is None else move(real), ([move(layer) for layer in text], move(mask), grid),
+                 lens.sigmas(start.shape[1], STEPS), k, move(start), rng)
 
 def noised(args, batch, x, below=1.0, same=None):
     """(x at a drawn level [B, N, C], noise, t [B]); same: the levels of another draw."""
@@ -270,19 +255,17 @@ def noised(args, batch, x, below=1.0, same=None):
     noise = torch.randn(x.shape, generator=batch.rng).to(args.device)
     return lens.add_noise(x, noise, t), noise, t
 
-
 def autocast(args, on=True):
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16 and on)
-
 
 def student_predicts(args, batch):
     """y [B, N, C]: what the student takes for the picture, k steps into its own sampler."""
     student, t = act(args, "student"), batch.levels[batch.k].expand(len(batch.start)).to(args.device)
     with autocast(args):
         x = simulate(student, batch.start, *batch.given, batch.k)
-    with autocast(args):                   # a second one: autocast keeps the casts that it made without gradient, and the weights would get none
+    # a second one: autocast keeps the casts that it made without gradient, and the weights would get none
+    with autocast(args):
         return lens.data_prediction(x, student(x, t, *batch.given).float(), t)
-
 
 def critic_update(args, batch, optimizers):
     """Fake: flow matching on the student's pictures. Heads: real or made? -> what the log tells."""
@@ -300,7 +283,8 @@ def critic_update(args, batch, optimizers):
     text, mask, grid = batch.given
     few, teacher = max(1, round(R1_SHARE * len(y))), act(args, "teacher")
     with torch.no_grad(), autocast(args):
-        features = teacher.tapped(torch.cat([real, made]), torch.cat([t, t]), [layer.repeat(2, 1, 1) for layer in text], mask.repeat(2, 1), grid)
+        features = teacher.tapped(torch.cat([real, made]), torch.cat([t, t]),
+                                  [layer.repeat(2, 1, 1) for layer in text], mask.repeat(2, 1), grid)
 
     def judged(x):                                                                 # two times `few` pictures, in fp32
         with torch.no_grad():
@@ -311,8 +295,8 @@ def critic_update(args, batch, optimizers):
     loss = logistic(on_real, on_made) + r1
     loss.backward()
     right = ((on_real > 0).float().mean() + (on_made < 0).float().mean()) / 2
-    return {**row, "heads_loss": loss.item(), "r1": r1.item(), "heads_right": right.item(), "heads_norm": descend(args, optimizers["heads"])}
-
+    return {**row, "heads_loss": loss.item(), "r1": r1.item(), "heads_right": right.item(),
+            "heads_norm": descend(args, optimizers["heads"])}
 
 def student_update(args, batch, optimizers):
     """0.1 (L_DM + L_CA) + 0.001 L_G [paper]. The forces are gathered at y, and then go through the student in one backward pass: so each can be
@@ -348,8 +332,8 @@ def student_update(args, batch, optimizers):
     if "ida" not in args.without:
         follow(args.trained["fake"].values(), args.trained["student"].values(), IDA)
     spread = lambda x: x.var(0, correction=0).mean().sqrt().item()                 # over the batch: 0 where all pictures are one
-    return {"loss": total.detach().item(), **row, "grad_norm": norm, "spread": spread(leaf.detach()), **({} if batch.real is None else {"spread_real": spread(batch.real)})}
-
+    return {"loss": total.detach().item(), **row, "grad_norm": norm, "spread": spread(leaf.detach()),
+            **({} if batch.real is None else {"spread_real": spread(batch.real)})}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Captions, checkpoints, evaluation.
@@ -360,7 +344,8 @@ class Captions:
     def __init__(self, args, stage):
         self.captions, self.encoder = sample.read_prompts(args.data)[0], args.encoder
         self.sizes = [size for area in stage.areas for size in stage.sizes(area)]
-        self.buckets, self.count = np.arange(len(self.captions)) % len(self.sizes), np.array([len(row) for row in args.encoder.tokenize(self.captions)[0]])
+        self.buckets, self.count = (np.arange(len(self.captions)) % len(self.sizes),
+                                    np.array([len(row) for row in args.encoder.tokenize(self.captions)[0]]))
 
     def lengths(self, epoch):
         return self.count
@@ -370,20 +355,20 @@ class Captions:
             text, mask = self.encoder.encode([self.captions[i] for i in samples])
             yield None, [layer.float() for layer in text], torch.ones(text[0].shape[:2], dtype=torch.bool) if mask is None else mask, []
 
-
 def updates(args, source, stage, first, last):
     """This rank's batches [(bucket, samples, epoch)] of the updates first to last - 1: an epoch after the other, dealt in turn."""
     areas = [min(stage.batch, key=lambda a: abs(math.log(h * w / a**2))) for h, w in source.sizes]
-    plan = functools.lru_cache(2)(lambda epoch: data.plan(source.buckets, source.lengths(epoch), {b: stage.batch[a] for b, a in enumerate(areas)}, args.seed, epoch))
+    plan = functools.lru_cache(2)(lambda epoch: data.plan(source.buckets, source.lengths(epoch),
+                                                          {b: stage.batch[a] for b, a in enumerate(areas)}, args.seed, epoch))
     place = lambda number: divmod(number * args.ranks + args.rank, len(plan(0)))
     return [plan(epoch)[k] for epoch, k in map(place, range(first, last))]
 
-
 def resumable(args, optimizers):
     """{name: tensor} of all that a resume needs."""
-    found = {f"{who}.{name}": p for who in ("student", "fake", "ema") for name, p in args.trained[who].items()} | {f"heads.{name}": p for name, p in args.heads.named_parameters()}
-    return {name: t.detach() for name, t in found.items()} | {f"optimizer.{name}": t for name, t in train.optimizer_tensors(optimizers.values(), found).items()}
-
+    found = ({f"{who}.{name}": p for who in ("student", "fake", "ema") for name, p in args.trained[who].items()}
+             | {f"heads.{name}": p for name, p in args.heads.named_parameters()})
+    return ({name: t.detach() for name, t in found.items()}
+            | {f"optimizer.{name}": t for name, t in train.optimizer_tensors(optimizers.values(), found).items()})
 
 def save(args, optimizers, state):
     """The resume state as train.py writes it, and the student's average in the released layout: `sample.py --weights` takes it as it is."""
@@ -399,27 +384,28 @@ def save(args, optimizers, state):
                 shutil.rmtree(old)
     model = train.averaged_model(args, act(args, "ema"))              # under FSDP gathered on rank 0, None on the others
     if args.rank == 0:
-        notes = dict(command=shlex.join(["python", "distill.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["step"], trained_seconds=round(state["seconds"]), score=json.dumps(state["scores"]),
+        notes = dict(command=shlex.join(["python", "distill.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["step"],
+                     trained_seconds=round(state["seconds"]), score=json.dumps(state["scores"]),
                      teacher=str(args.teacher), steps=STEPS, guidance=1.0, base=args.home[0], words=args.words)
-        tensors = {n: t for n, t in model.state_dict().items() if ".lora_" not in n}
-        for n, layer in lens.lora_layers(model, "ema").items():                    # merged: sample.py needs to know nothing of adapters
-            a, b = layer.lora_A["ema"], layer.lora_B["ema"]
-            tensors[f"{n}.weight"] = layer.weight + layer.alpha["ema"] / len(a) * (b @ a)
-        lens.save_pipeline(out, transformer=model, metadata=notes, weights=tensors, base=None if train.has_parts(out) else os.path.relpath(args.parts, out))
-
+        # an adapter beside the name of its base: as good as whole weights
+        if args.lora:
+            lens.save_lora(model, out, "ema", notes)
+        lens.save_pipeline(out, transformer=None if args.lora else model, metadata=notes,
+                           base=None if train.has_parts(out) and not args.lora else os.path.relpath(args.parts, out))
 
 def resume(args, optimizers):
     """Fills weights and optimisers from the newest state of --out; -> the state of the loop, or a fresh one."""
     if not (found := train.checkpoints(args.out)):
         return {"step": 0, "seconds": 0.0, "scores": {}, "teacher": {}, "bf16": None, "key": args.key}
     state = json.loads((found[-1] / "notes.json").read_text())
-    lens.require(state["key"] == args.key, f"--out {args.out} holds another run ({state['key']}): give another folder, or the same --teacher, --seed, --data, --lora, --guidance, --lr and --without")
+    lens.require(state["key"] == args.key,
+                 f"--out {args.out} holds another run ({state['key']}): give another folder, "
+                 "or the same --teacher, --seed, --data, --lora, --guidance, --lr and --without")
     train.make_moments(optimizers.values())
     with train.checkpointing(f"cannot read {found[-1]}"):
         dcp.load(resumable(args, optimizers), storage_reader=dcp.HuggingFaceStorageReader(str(found[-1])))
     args.say(f"resuming {args.out} at step {state['step']}")
     return state
-
 
 @torch.no_grad()
 def measure(args, model, steps, guidance):
@@ -433,29 +419,30 @@ def measure(args, model, steps, guidance):
         spread.append((2 * tokens.var(0, correction=1)).mean().sqrt().item())
     return {**scores, "diversity": round(float(np.mean(spread)), 4)}
 
-
 def evaluate(args, state, bar):
     """The student's scores, and once the teacher's, guided at its own number of steps and plain at the student's."""
     known = state["teacher"]
-    for who, steps, guidance in ((("teacher", sample.STEPS, args.guidance), ("teacher", STEPS, 1.0)) if not known else ()) + (("ema", STEPS, 1.0),):
+    for who, steps, guidance in (((("teacher", sample.STEPS, args.guidance), ("teacher", STEPS, 1.0)) if not known else ())
+                                 + (("ema", STEPS, 1.0),)):
         model = train.averaged_model(args, act(args, who))
         if args.rank == 0:
             scores = measure(args, model, steps, guidance)
             known.update({f"{steps} steps, guidance {guidance:g}": scores} if who == "teacher" else {})
-            bar.write(f"step {state['step']}: {who if who == 'teacher' else 'student'}, {steps} steps, guidance {guidance:g}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
+            bar.write(f"step {state['step']}: {who if who == 'teacher' else 'student'}, {steps} steps, guidance {guidance:g}: "
+                      + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
             state["scores"] = scores
-
 
 def sheet(args, path):
     """Contact sheet. Rows: teacher, 20 guided steps; teacher, 4 plain steps; student, 4 plain steps. Down a column prompt and seed are the same."""
     prompts = [sample.held_out(task, 2, *args.home)[k][2] for task in data.TASKS for k in range(2)]
-    for name, who, steps, guidance in (("guided", "teacher", sample.STEPS, args.guidance), ("plain", "teacher", STEPS, 1.0), ("student", "ema", STEPS, 1.0)):
+    for name, who, steps, guidance in (("guided", "teacher", sample.STEPS, args.guidance), ("plain", "teacher", STEPS, 1.0),
+                                       ("student", "ema", STEPS, 1.0)):
         if who == "ema" or name not in args.rows:                                  # the teacher's do not change
             model = train.averaged_model(args, act(args, who))
-            args.rows[name] = args.rank == 0 and sample.generate(prompts, (model, args.vae, args.encoder), height=args.home[0], width=args.home[1], steps=steps, guidance=guidance)
+            args.rows[name] = args.rank == 0 and sample.generate(
+                prompts, (model, args.vae, args.encoder), height=args.home[0], width=args.home[1], steps=steps, guidance=guidance)
     if args.rank == 0:
         lens.replace_file(path, lambda new: sample.contact_sheet(sum(args.rows.values(), []), len(prompts)).save(new, "PNG"))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop.
@@ -466,12 +453,12 @@ def mean_over_ranks(args, row):
     dist.all_reduce(values) if args.ranks > 1 else None
     return dict(zip(row, (values / args.ranks).tolist()))
 
-
 def distill(args):
     out, how, config = Path(args.out), args.how, lens.SIZES[args.size].transformer
     folder = lens.fetch(args.teacher, ("transformer", "vae", "text_encoder"))
     args.parts, args.words = str(folder), lens.read_metadata(folder).get("words", "[]")
-    _, args.vae, args.encoder = lens.load_pipeline(folder, args.device, None if args.size == "full" else torch.float32, parts=("vae", "text_encoder"))
+    _, args.vae, args.encoder = lens.load_pipeline(folder, args.device, None if args.size == "full" else torch.float32,
+                                                   parts=("vae", "text_encoder"))
     dtype, why = train.same_everywhere(sample.pick_dtype(args.device.split(":")[0], None, config.inner_dim))
     make_nets(args, folder, dtype)
     args.heads, args.rows = make_heads(config, args.seed).to(args.device), {}
@@ -479,17 +466,22 @@ def distill(args):
         torch.backends.cuda.enable_flash_sdp(False)                                # as in train.py: slow on short sequences
     adam = lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
     rates = {"student": args.lr, "fake": args.lr * how.fake_lr / how.stage.lr, "heads": how.heads_lr}
-    optimizers = {who: adam([*(args.heads.parameters() if who == "heads" else args.trained[who].values())], lr) for who, lr in rates.items() if who != "heads" or "gan" not in args.without}
+    optimizers = {who: adam([*(args.heads.parameters() if who == "heads" else args.trained[who].values())], lr)
+                  for who, lr in rates.items() if who != "heads" or "gan" not in args.without}
     state = resume(args, optimizers)
     for who, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = rates[who]
-    state["bf16"] = dtype == torch.bfloat16 if state["bf16"] is None else state["bf16"]               # a resumed run keeps to what it began with
+    # a resumed run keeps to what it began with
+    state["bf16"] = dtype == torch.bfloat16 if state["bf16"] is None else state["bf16"]
     args.bf16, log, notice = state["bf16"], train.Log(out, state["step"]) if args.rank == 0 else None, train.on_notice()
     count = sum(p.numel() for p in args.trained["student"].values())
-    args.say(f"{args.size}: {'LoRA of rank ' + str(args.lora) if args.lora else 'all weights'}, {count:,} parameters each in student and fake, {sum(p.numel() for p in args.heads.parameters()):,} in the heads, "
-             f"on {args.ranks} x {args.device}; fp32 weights, {'bf16' if args.bf16 else 'fp32'} compute: {why}\nwithout: {', '.join(sorted(args.without)) or 'nothing'}; guidance {args.guidance:g}")
+    args.say(f"{args.size}: {'LoRA of rank ' + str(args.lora) if args.lora else 'all weights'}, "
+             f"{count:,} parameters each in student and fake, {sum(p.numel() for p in args.heads.parameters()):,} in the heads, "
+             f"on {args.ranks} x {args.device}; fp32 weights, {'bf16' if args.bf16 else 'fp32'} compute: {why}\n"
+             f"without: {', '.join(sorted(args.without)) or 'nothing'}; guidance {args.guidance:g}")
     if args.rank > 0:
-        dist.barrier()                                     # rank 0 draws the world, or indexes the shards; the others then read what it wrote
+        # rank 0 draws the world, or indexes the shards; the others then read what it wrote
+        dist.barrier()
     captions = args.data and not args.data.endswith(".tar")
     source = (Captions(args, how.stage) if captions else train.Pictures(args, how.stage) if args.data else
               train.World(how.stage, args.seed, args.vae, args.encoder, out / "world.safetensors", args.device))
@@ -505,7 +497,8 @@ def distill(args):
             continue
         row = mean_over_ranks(args, {**student_update(args, batch, optimizers), **critic, "notice": len(notice)})
         state["step"] += 1
-        follow(args.trained["ema"].values(), args.trained["student"].values(), 1 - min(how.average, (1 + state["step"]) / (10 + state["step"])))
+        follow(args.trained["ema"].values(), args.trained["student"].values(),
+               1 - min(how.average, (1 + state["step"]) / (10 + state["step"])))
         state["seconds"] += time.perf_counter() - begin
         stop, due = row.pop("notice") > 0, lambda every: every and (state["step"] % every == 0 or state["step"] == args.steps)
         if due(args.eval_every) and not args.data:
@@ -514,7 +507,8 @@ def distill(args):
         if due(args.preview_every):
             sheet(args, out / f"preview-{state['step']:05d}.png")
         if log:
-            log(step=state["step"], **{name: round(v, 6) if math.isfinite(v) else None for name, v in row.items()}, k=batch.k, size="{1}x{0}".format(*source.sizes[bucket]), seconds=round(state["seconds"], 2))
+            log(step=state["step"], **{name: round(v, 6) if math.isfinite(v) else None for name, v in row.items()}, k=batch.k,
+                size="{1}x{0}".format(*source.sizes[bucket]), seconds=round(state["seconds"], 2))
         if due(args.save_every) or stop:
             save(args, optimizers, state)
         bar.update()
@@ -527,7 +521,6 @@ def distill(args):
     bar.close()
     args.say(f"done: python sample.py --eval --weights {out}")
 
-
 def dry_run(args):
     """Memory a device and work a step, by mode and area; counted on the meta device, no weight is made."""
     config, gib, again, gan = lens.SIZES[args.size].transformer, 2**30, args.size == "full", "gan" not in args.without
@@ -538,33 +531,43 @@ def dry_run(args):
     heads = gan * sum(p.numel() for p in make_heads(config, 0).parameters())
     measured = args.device != "cpu" or not again           # a CPU tells nothing of the machine that the full size needs
     peak = train.matmul_peak(args.device, torch.bfloat16) if measured else 7e14
-    print(f"{args.size}: {base:,} parameters, adapter {adapter:,}, heads {heads:,}; 128 text tokens, activations {'computed again' if again else 'kept'}\n"
-          f"seconds are those of 40% of {peak / 1e12:.2f} TFLOP/s, {'a large product as measured on this ' + args.device if measured else 'assumed of an H100'}\n"
-          f"{'pictures a device':>18} {'mode':>12} {'weights GiB':>12} {'activations':>12} {'one GPU':>8} {'FSDP on 8':>10} {'TFLOP a step':>13} {'seconds':>8}")
+    print(f"{args.size}: {base:,} parameters, adapter {adapter:,}, heads {heads:,}; "
+          f"128 text tokens, activations {'computed again' if again else 'kept'}\n"
+          f"seconds are those of 40% of {peak / 1e12:.2f} TFLOP/s, "
+          f"{'a large product as measured on this ' + args.device if measured else 'assumed of an H100'}\n"
+          f"{'pictures a device':>18} {'mode':>12} {'weights GiB':>12} {'activations':>12} "
+          f"{'one GPU':>8} {'FSDP on 8':>10} {'TFLOP a step':>13} {'seconds':>8}")
     for area, count in args.how.stage.batch.items():
         # The student's graph waits while the heads' gradient goes through the teacher: two sets of activations.
         kept = (1 + gan) * train.activations(config, "full" if again else "none", count, (area // 16, area // 16), 128)
         for mode, learnt in (("all weights", base), (f"LoRA {rank}", adapter)):
-            # fp32. The teacher; of student and fake weights and two moments; the student's average; a gradient, of one at a time; the heads'
+            # fp32. The teacher; of student and fake weights and two moments; the student's average;
+            # a gradient, of one at a time; the heads'
             fixed, whole = 4 * base + (12 + 12 + 4 + 4) * learnt + 16 * heads, learnt == base
-            learn, simulated = (3 if whole else 2) + again, (STEPS - 1) / 2        # in forwards: there, back, there again; steps simulated, on average
+            # in forwards: there, back, there again; steps simulated, on average
+            learn, simulated = (3 if whole else 2) + again, (STEPS - 1) / 2
             forwards = CRITIC * (simulated + 1 + learn + gan * (2 + 2 * R1_SHARE)) + simulated + learn + 4 + gan * (2 + again)
             work = forwards * count * train.flops(model, (area // 16) ** 2, 128) / 3
-            print(f"{count:4} of {area:4} x {area:<4} {mode:>12} {fixed / gib:12.2f} {kept / gib:12.2f} {(fixed + kept) / gib:8.2f} {f'{(fixed / 8 + kept) / gib:.2f}' if whole else '-':>10} "
-                  f"{work / 1e12:13.2f} {work / peak / 0.4:8.1f}")
-
+            print(f"{count:4} of {area:4} x {area:<4} {mode:>12} {fixed / gib:12.2f} {kept / gib:12.2f} {(fixed + kept) / gib:8.2f} "
+                  f"{f'{(fixed / 8 + kept) / gib:.2f}' if whole else '-':>10} {work / 1e12:13.2f} {work / peak / 0.4:8.1f}")
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Distil a teacher of 20 guided steps into a student of 4 plain ones. The same command again resumes.", formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = argparse.ArgumentParser(description="Distil a teacher of 20 guided steps into a student of 4 plain ones. "
+                                                 "The same command again resumes.",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=__doc__[__doc__.index("    python distill.py --out"):__doc__.index("The story")])
     parser.error = sample.complain
     parser.add_argument("--size", default="toy", help="one of " + ", ".join(lens.SIZES))
-    parser.add_argument("--teacher", "--init", default=str(sample.TOY), metavar="DIR", help="the model to distil, where student and fake start too: a folder or hub id (default: weights/toy)")
+    parser.add_argument("--teacher", "--init", default=str(sample.TOY), metavar="DIR",
+                        help="the model to distil, where student and fake start too: a folder or hub id (default: weights/toy)")
     parser.add_argument("--out", default="runs/turbo", metavar="DIR", help="the student, its state, metrics.jsonl, contact sheets")
-    parser.add_argument("--data", metavar="GLOB", help="tar shards of `data.py pack`, or with --no-gan a file of captions (default: the toy world)")
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="student and fake are adapters on the teacher, instead of whole models")
+    parser.add_argument("--data", metavar="GLOB",
+                        help="tar shards of `data.py pack`, or with --no-gan a file of captions (default: the toy world)")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK",
+                        help="student and fake are adapters on the teacher, instead of whole models")
     parser.add_argument("--no-gan", action="store_true", help="no discriminator: captions alone suffice")
-    parser.add_argument("--without", action="append", default=[], choices=("ca", "dm", "gan", "ida"), help="leave this out, to see what it does; may be given more than once")
+    parser.add_argument("--without", action="append", default=[], choices=("ca", "dm", "gan", "ida"),
+                        help="leave this out, to see what it does; may be given more than once")
     parser.add_argument("--guidance", type=float, help="the teacher's, to be distilled (default: what the size says)")
     parser.add_argument("--lr", type=float, help="the student's; the fake's keeps its ratio to it (default: what the size says)")
     parser.add_argument("--fsdp", action="store_true", help="under torchrun: weights and moments are shared out over the ranks")
@@ -579,25 +582,33 @@ def main(argv=None):
     args = parser.parse_args(argv)
     lens.require(args.size in lens.SIZES, f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
     args.how, args.without = SETTINGS.get(args.size, SETTINGS["full"]), set(args.without) | ({"gan"} if args.no_gan else set())
-    args.steps, args.guidance = args.how.stage.steps if args.steps is None else args.steps, args.how.guidance if args.guidance is None else args.guidance
-    args.lr, args.home, args.workers = args.lr or args.how.stage.lr * (LORA_LR if args.lora else 1), (train.HOME.get(args.size, (sample.BASE,))[0],) * 2, 4
-    lens.require(min(args.steps, args.save_every) > 0 and min(args.lora, args.eval_every, args.preview_every) >= 0, "--steps and --save-every must be at least 1, --lora, --eval-every and --preview-every not below 0")
-    lens.require(args.guidance > 1 or "ca" in args.without, f"--guidance {args.guidance:g}: there is guidance to distil above 1 only (or --without ca)")
+    args.steps, args.guidance = (args.how.stage.steps if args.steps is None else args.steps,
+                                 args.how.guidance if args.guidance is None else args.guidance)
+    args.lr, args.home, args.workers = (args.lr or args.how.stage.lr * (LORA_LR if args.lora else 1),
+                                        (train.HOME.get(args.size, (sample.BASE,))[0],) * 2, 4)
+    lens.require(min(args.steps, args.save_every) > 0 and min(args.lora, args.eval_every, args.preview_every) >= 0,
+                 "--steps and --save-every must be at least 1, --lora, --eval-every and --preview-every not below 0")
+    lens.require(args.guidance > 1 or "ca" in args.without,
+                 f"--guidance {args.guidance:g}: there is guidance to distil above 1 only (or --without ca)")
     lens.require(not {"ca", "dm", "gan"} <= args.without, "--without: one of ca, dm and gan must stay, or nothing moves the student")
     args.device = sample.pick_device(args.device)
     if args.dry_run:
         return dry_run(args)
-    lens.require(args.data or args.size in ("nano", "toy"), f"--size {args.size}: name shards or captions with --data; the toy world is for --size toy or nano")
+    lens.require(args.data or args.size in ("nano", "toy"),
+                 f"--size {args.size}: name shards or captions with --data; the toy world is for --size toy or nano")
     lens.require(not args.data or glob.glob(args.data), f"--data {args.data}: no file matches")
-    lens.require(not args.data or args.data.endswith(".tar") or "gan" in args.without, f"--data {args.data}: captions alone suffice with --no-gan only; the discriminator needs real pictures, in tar shards of `data.py pack`")
+    lens.require(not args.data or args.data.endswith(".tar") or "gan" in args.without,
+                 f"--data {args.data}: captions alone suffice with --no-gan only; "
+                 "the discriminator needs real pictures, in tar shards of `data.py pack`")
     args.rank, args.ranks, args.device = train.join(args.device)
-    lens.require(args.ranks > 1 or not args.fsdp, "--fsdp shares weights among processes: start it with torchrun --nproc-per-node N distill.py ...")
-    lens.require(not (args.fsdp and args.lora), "--fsdp is for whole weights; adapters are small: leave it out, each process then holds the base")
+    lens.require(args.ranks > 1 or not args.fsdp,
+                 "--fsdp shares weights among processes: start it with torchrun --nproc-per-node N distill.py ...")
+    lens.require(not (args.fsdp and args.lora),
+                 "--fsdp is for whole weights; adapters are small: leave it out, each process then holds the base")
     args.say = print if args.rank == 0 else lambda *_: None
     args.key = [str(args.teacher), args.seed, str(args.data), args.lora, args.guidance, args.lr, sorted(args.without)]
     sample.check_writable(args.out) if args.rank == 0 else None
     distill(args)
-
 
 if __name__ == "__main__":
     sample.run(main)

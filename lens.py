@@ -471,8 +471,7 @@ def text_model_class(kind):
     import transformers
     transformers.utils.logging.disable_progress_bar()      # "Loading weights: 71/71" tells a user nothing
     require(kind in CHAT, f"text encoder of type {kind!r}: known are {', '.join(CHAT)}")
-    name = {"gpt_oss": "GptOss", "qwen3": "Qwen3"}[kind]
-    return getattr(transformers, name + "ForCausalLM"), getattr(transformers, name + "Config")
+    return [getattr(transformers, {"gpt_oss": "GptOss", "qwen3": "Qwen3"}[kind] + end) for end in ("ForCausalLM", "Config")]
 
 def build_text_model(spec, seed=0, **override):
     """A fresh language model from a row of SIZES, say build_text_model(SIZES["toy"].text_encoder, vocab_size=len(tokenizer))."""
@@ -493,8 +492,7 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE):
     model_class, _ = text_model_class(config.get("model_type"))
     kwargs = dict(dtype=dtype or "auto", local_files_only=True, output_loading_info=True)
     if config.get("quantization_config", {}).get("quant_method") == "mxfp4":
-        optional = all(importlib.util.find_spec(name) for name in ("accelerate", "triton", "kernels"))
-        if optional and torch.device(device).type == "cuda":
+        if torch.device(device).type == "cuda" and all(map(importlib.util.find_spec, ("accelerate", "triton", "kernels"))):
             kwargs["device_map"] = str(device)
         else:                  # asked for by name: left to itself, transformers stops here and wants accelerate
             kwargs["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
@@ -673,14 +671,15 @@ def locate(path, part):
         return files, json.loads((open_safetensors(files[0]).metadata() or {}).get("config", "null"))
 
 def part_folder(path, part):
-    """path/part; or, where a small fine-tuned checkpoint holds only its own part, that of the `base` its model_index.json names."""
+    """path/part; or, where a small fine-tuned checkpoint holds only its own part or an adapter, that of the `base` its model_index.json names."""
     index = path / "model_index.json"
     base = read_json(index).get("base") if index.exists() and not (path / part).is_dir() else None
     return part_folder((path / base).resolve(), part) if base else path / part
 
 def read_metadata(path):
-    """The notes stored with a denoiser (command, seed, score ...), from its file, its folder, or the pipeline's folder."""
-    return open_safetensors(locate(path, "transformer")[0][0]).metadata() or {}
+    """The notes stored with a denoiser (command, seed, score ...), and over them an adapter's, from its file, folder, or pipeline's folder."""
+    files = [locate(path, "transformer")[0][0], *Path(path).glob("adapter_model.safetensors")]
+    return {name: note for file in files for name, note in (open_safetensors(file).metadata() or {}).items()}
 
 def shapes_in(files):
     return {PREFIX.sub("", k): tuple(h.get_slice(k).get_shape()) for h in map(open_safetensors, files) for k in h.keys()}
@@ -758,8 +757,10 @@ def load_pipeline(path_or_repo, device="cpu", dtype=None, parts=("transformer", 
     path = fetch(path_or_repo, parts)
     for part in parts:
         require(part_folder(path, part).is_dir(), f"no weights in {path}: expected {path}/{part}/*.safetensors")
-    return (load_transformer(part_folder(path, "transformer"), device, dtype) if "transformer" in parts else None,
-            load_vae(part_folder(path, "vae"), device, dtype) if "vae" in parts else None,
+    transformer = load_transformer(part_folder(path, "transformer"), device, dtype) if "transformer" in parts else None
+    if transformer and (path / "adapter_model.safetensors").exists():
+        load_lora(transformer, path)                       # a checkpoint that is an adapter over its base
+    return (transformer, load_vae(part_folder(path, "vae"), device, dtype) if "vae" in parts else None,
             load_text_encoder(path, device, dtype, date) if "text_encoder" in parts else None)
 
 def save_pipeline(folder, transformer=None, vae=None, text_encoder=None, metadata=None, dtype=None, weights=None, base=None):

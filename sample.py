@@ -262,9 +262,8 @@ def pick_size(height, width, aspect, base):
 
 def identity(folder, part="transformer"):
     """A short name for a part's weights: folder name and a hash of what the files say of themselves (header, size, date)."""
-    files, _ = lens.locate(folder, part)
     digest = hashlib.sha256()
-    for file in files:
+    for file in (*lens.locate(folder, part)[0], *(Path(folder).glob("adapter_model.safetensors") if part == "transformer" else ())):
         with open(file, "rb") as f:
             digest.update(f.read(1 << 16))
         digest.update(str((file.name, file.stat().st_size, file.stat().st_mtime_ns if part == "text_encoder" else 0)).encode())

@@ -277,7 +277,7 @@ def test_adapters_start_alike_and_as_the_teacher_and_the_base_stays(base):
     assert all(torch.equal(v, before[k]) for k, v in args.nets["teacher"].state_dict().items() if ".lora_" not in k)
 
 
-def test_the_merged_adapter_is_what_was_trained_and_resumes(base, tmp_path):
+def test_the_adapter_that_is_saved_is_what_was_trained_and_resumes(base, tmp_path):
     go(base, tmp_path / "a", "--lora", "4", "--steps", "3")
     go(base, tmp_path / "b", "--lora", "4", "--steps", "1")
     assert go(base, tmp_path / "b", "--lora", "4", "--steps", "3") == rows(tmp_path / "a") and alike(tmp_path / "a", tmp_path / "b")
@@ -286,7 +286,7 @@ def test_the_merged_adapter_is_what_was_trained_and_resumes(base, tmp_path):
     with torch.no_grad():
         [p.copy_(saved[f"ema.{name}"]) for name, p in distill.weights(args, "ema").items()]
         want = distill.act(args, "ema")(batch.start, batch.levels[1].expand(4), *batch.given)
-        got = lens.load_transformer(tmp_path / "a", "cpu", torch.float32)(batch.start, batch.levels[1].expand(4), *batch.given)
+        got = lens.load_pipeline(tmp_path / "a", "cpu", torch.float32, parts=("transformer",))[0](batch.start, batch.levels[1].expand(4), *batch.given)
     assert torch.allclose(want, got, atol=1e-5) and not torch.allclose(got, lens.load_transformer(base)(batch.start, batch.levels[1].expand(4), *batch.given), atol=1e-5)
 
 
