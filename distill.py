@@ -44,7 +44,7 @@ import sample
 import train
 
 STEPS, CRITIC = 4, 4                       # [paper] the student's sampler steps; updates of fake and heads to one of the student
-PULL, GAN = 0.1, 0.001                     # [paper] weights of (L_DM + L_CA) and of L_G
+PULL = 0.1                                 # [paper] weight of L_DM + L_CA
 IDA = 0.03                                 # [paper] phi <- 0.97 phi + 0.03 theta
 R1_GAMMA, R1_NOISE, R1_SHARE = 1.0, 0.1, 0.25      # [paper], [paper]; [ours] share of a batch that it looks at
 BETAS = (0.0, 0.9)                         # [paper] of AdamW: an adversary's old gradients mislead
@@ -55,13 +55,17 @@ class Settings(NamedTuple):
     stage: train.Stage   # areas, pictures a batch, steps, the student's learning rate, scenes of the toy world
     fake_lr: float
     heads_lr: float
+    gan: float           # weight of L_G
     guidance: float      # of the teacher, to be distilled
     average: float       # decay of the student's average
 
 
-SETTINGS = {"nano": Settings(train.Stage((64, 96), (8, 4), 20, 1e-4, (48, 24)), 1e-4, 1e-3, 5.0, 0.9),
-            "toy": Settings(train.Stage((64, 96, 128), (16, 16, 8), 400, 1e-5, (300, 3000, 300)), 5e-5, 5e-4, 5.0, 0.98),      # [ours]
-            "full": Settings(train.Stage((512, 768, 1024), (4, 4, 4), 1000, 5e-7), 5e-7, 1e-4, 5.0, 0.98)}                     # [paper] but the average
+SETTINGS = {"nano": Settings(train.Stage((64, 96), (8, 4), 20, 1e-4, (48, 24)), 1e-4, 1e-3, 0.02, 5.0, 0.9),
+            "toy": Settings(train.Stage((64, 96, 128), (16, 16, 8), 400, 1e-5, (300, 3000, 300)), 5e-5, 2e-3, 0.02, 5.0, 0.98),       # [ours]
+            "full": Settings(train.Stage((512, 768, 1024), (4, 4, 4), 1000, 5e-7), 5e-7, 1e-4, 0.001, 5.0, 0.98)}                # [paper] but the average
+# The toy's gan: L_DM and L_CA are means over a picture's numbers, so their pull on y shrinks with the root of how many there are, and
+# that of L_G does not. A toy picture has 1,152, one of 1024 x 1024 524,288: with the paper's 0.001 the heads' pull on the toy was a
+# thousandth of the other two; times sqrt(524288 / 1152) it stands to them as in the paper.
 LORA_LR = 20.0           # [ours] an adapter's rates against those of whole weights: its B starts at zero and its product is small
 
 
@@ -311,7 +315,7 @@ def critic_update(args, batch, optimizers):
 
 
 def student_update(args, batch, optimizers):
-    """0.1 (L_DM + L_CA) + 0.001 L_G. The forces are gathered at y, and then go through the student in one backward pass: so each can be
+    """0.1 (L_DM + L_CA) + 0.001 L_G [paper]. The forces are gathered at y, and then go through the student in one backward pass: so each can be
     measured, and no adapter is switched between a forward pass and its recomputation. -> what the log tells."""
     y, row = student_predicts(args, batch), {}
     leaf, total = y.detach().requires_grad_(), y.new_zeros(())
@@ -335,9 +339,9 @@ def student_update(args, batch, optimizers):
         with autocast(args):
             features = teacher.tapped(x, t, *batch.given)                          # the gradient flows through the teacher
         loss = F.softplus(-judge(args.heads, features)).mean()
-        (from_heads,) = torch.autograd.grad(GAN * loss, leaf)
+        (from_heads,) = torch.autograd.grad(args.how.gan * loss, leaf)
         row.update(gan_loss=loss.item(), gan=from_heads.norm().item() / max(size, 1e-12))      # against the other two together
-        total, at_y = total + GAN * loss, at_y + from_heads
+        total, at_y = total + args.how.gan * loss, at_y + from_heads
     act(args, "student")
     y.backward(at_y)
     norm = descend(args, optimizers["student"])
@@ -354,7 +358,7 @@ class Captions:
     """Captions alone, a line each, as `train.World` and `train.Pictures` give them; the sizes take turns."""
 
     def __init__(self, args, stage):
-        self.captions, self.encoder, self.digest, self.words = sample.read_prompts(args.data)[0], args.encoder, None, []
+        self.captions, self.encoder = sample.read_prompts(args.data)[0], args.encoder
         self.sizes = [size for area in stage.areas for size in stage.sizes(area)]
         self.buckets, self.count = np.arange(len(self.captions)) % len(self.sizes), np.array([len(row) for row in args.encoder.tokenize(self.captions)[0]])
 
@@ -381,7 +385,7 @@ def resumable(args, optimizers):
     return {name: t.detach() for name, t in found.items()} | {f"optimizer.{name}": t for name, t in train.optimizer_tensors(optimizers.values(), found).items()}
 
 
-def save(args, optimizers, state, words):
+def save(args, optimizers, state):
     """The resume state as train.py writes it, and the student's average in the released layout: `sample.py --weights` takes it as it is."""
     out, name = Path(args.out), Path(args.out) / f"state-{state['step']:08d}"
     shutil.rmtree(f"{name}.new", ignore_errors=True) if args.rank == 0 else None
@@ -393,10 +397,10 @@ def save(args, optimizers, state, words):
             os.replace(f"{name}.new", name)
             for old in train.checkpoints(out)[:-1]:
                 shutil.rmtree(old)
-    model = shown(args, "ema")
+    model = train.averaged_model(args, act(args, "ema"))              # under FSDP gathered on rank 0, None on the others
     if args.rank == 0:
         notes = dict(command=shlex.join(["python", "distill.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["step"], trained_seconds=round(state["seconds"]), score=json.dumps(state["scores"]),
-                     teacher=str(args.teacher), steps=STEPS, guidance=1.0, base=args.home[0], words=json.dumps(words))
+                     teacher=str(args.teacher), steps=STEPS, guidance=1.0, base=args.home[0], words=args.words)
         tensors = {n: t for n, t in model.state_dict().items() if ".lora_" not in n}
         for n, layer in lens.lora_layers(model, "ema").items():                    # merged: sample.py needs to know nothing of adapters
             a, b = layer.lora_A["ema"], layer.lora_B["ema"]
@@ -417,11 +421,6 @@ def resume(args, optimizers):
     return state
 
 
-def shown(args, who):
-    """`who` as a model that samples; under FSDP gathered on rank 0, None on the others."""
-    return train.averaged_model(args, act(args, who))
-
-
 @torch.no_grad()
 def measure(args, model, steps, guidance):
     """Six tasks, 20 prompts each, fidelity, and diversity: root mean square distance between the pictures of one prompt (12 prompts, four
@@ -439,7 +438,7 @@ def evaluate(args, state, bar):
     """The student's scores, and once the teacher's, guided at its own number of steps and plain at the student's."""
     known = state["teacher"]
     for who, steps, guidance in ((("teacher", sample.STEPS, args.guidance), ("teacher", STEPS, 1.0)) if not known else ()) + (("ema", STEPS, 1.0),):
-        model = shown(args, who)
+        model = train.averaged_model(args, act(args, who))
         if args.rank == 0:
             scores = measure(args, model, steps, guidance)
             known.update({f"{steps} steps, guidance {guidance:g}": scores} if who == "teacher" else {})
@@ -452,7 +451,7 @@ def sheet(args, path):
     prompts = [sample.held_out(task, 2, *args.home)[k][2] for task in data.TASKS for k in range(2)]
     for name, who, steps, guidance in (("guided", "teacher", sample.STEPS, args.guidance), ("plain", "teacher", STEPS, 1.0), ("student", "ema", STEPS, 1.0)):
         if who == "ema" or name not in args.rows:                                  # the teacher's do not change
-            model = shown(args, who)
+            model = train.averaged_model(args, act(args, who))
             args.rows[name] = args.rank == 0 and sample.generate(prompts, (model, args.vae, args.encoder), height=args.home[0], width=args.home[1], steps=steps, guidance=guidance)
     if args.rank == 0:
         lens.replace_file(path, lambda new: sample.contact_sheet(sum(args.rows.values(), []), len(prompts)).save(new, "PNG"))
@@ -471,7 +470,7 @@ def mean_over_ranks(args, row):
 def distill(args):
     out, how, config = Path(args.out), args.how, lens.SIZES[args.size].transformer
     folder = lens.fetch(args.teacher, ("transformer", "vae", "text_encoder"))
-    args.parts = str(folder)
+    args.parts, args.words = str(folder), lens.read_metadata(folder).get("words", "[]")
     _, args.vae, args.encoder = lens.load_pipeline(folder, args.device, None if args.size == "full" else torch.float32, parts=("vae", "text_encoder"))
     dtype, why = train.same_everywhere(sample.pick_dtype(args.device.split(":")[0], None, config.inner_dim))
     make_nets(args, folder, dtype)
@@ -480,7 +479,7 @@ def distill(args):
         torch.backends.cuda.enable_flash_sdp(False)                                # as in train.py: slow on short sequences
     adam = lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
     rates = {"student": args.lr, "fake": args.lr * how.fake_lr / how.stage.lr, "heads": how.heads_lr}
-    optimizers = {who: adam([*(args.heads.parameters() if who == "heads" else args.trained[who].values())], lr) for who, lr in rates.items()}
+    optimizers = {who: adam([*(args.heads.parameters() if who == "heads" else args.trained[who].values())], lr) for who, lr in rates.items() if who != "heads" or "gan" not in args.without}
     state = resume(args, optimizers)
     for who, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = rates[who]
@@ -517,7 +516,7 @@ def distill(args):
         if log:
             log(step=state["step"], **{name: round(v, 6) if math.isfinite(v) else None for name, v in row.items()}, k=batch.k, size="{1}x{0}".format(*source.sizes[bucket]), seconds=round(state["seconds"], 2))
         if due(args.save_every) or stop:
-            save(args, optimizers, state, source.words)
+            save(args, optimizers, state)
         bar.update()
         bar.set_postfix_str(f"dm {row['dm']:.2f}, ca {row['ca']:.2f}, fake {row['fake_loss']:.3f}")
         if stop:
@@ -531,29 +530,28 @@ def distill(args):
 
 def dry_run(args):
     """Memory a device and work a step, by mode and area; counted on the meta device, no weight is made."""
-    config, gib, full = lens.SIZES[args.size].transformer, 2**30, args.size == "full"
+    config, gib, again, gan = lens.SIZES[args.size].transformer, 2**30, args.size == "full", "gan" not in args.without
     with torch.device("meta"):
-        model, heads = lens.LensTransformer(config), sum(p.numel() for p in make_heads(config, 0).parameters())
-    base = sum(p.numel() for p in model.parameters())
-    lens.add_lora(model, rank := args.lora or 64, rank, name="student")
-    adapter, peak = sum(p.numel() for p in lens.lora_parameters(model, "student")), train.matmul_peak(args.device, torch.bfloat16)
-    with torch.device("meta"):
-        model = lens.LensTransformer(config)
-    # fp32: the teacher; of student and fake weights and two moments, of the student its average, of one at a time a gradient
-    modes = {"all weights": 4 * base + (12 + 12 + 4 + 4) * base, f"LoRA {rank}": 4 * base + (12 + 12 + 4 + 4) * adapter}
-    print(f"{args.size}: {base:,} parameters, adapter {adapter:,}, heads {heads:,}; 128 text tokens, activations {'computed again' if full else 'kept'}\n"
-          f"{'pictures':>16} {'mode':>12} {'weights GiB':>12} {'activations':>12} {'one GPU':>8} {'FSDP on 8':>10} {'TFLOP a step':>13}")
+        model, lora = lens.LensTransformer(config), lens.LensTransformer(config)
+    lens.add_lora(lora, rank := args.lora or 64, rank, name="student")
+    base, adapter = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in lens.lora_parameters(lora, "student"))
+    heads = gan * sum(p.numel() for p in make_heads(config, 0).parameters())
+    measured = args.device != "cpu" or not again           # a CPU tells nothing of the machine that the full size needs
+    peak = train.matmul_peak(args.device, torch.bfloat16) if measured else 7e14
+    print(f"{args.size}: {base:,} parameters, adapter {adapter:,}, heads {heads:,}; 128 text tokens, activations {'computed again' if again else 'kept'}\n"
+          f"seconds are those of 40% of {peak / 1e12:.2f} TFLOP/s, {'a large product as measured on this ' + args.device if measured else 'assumed of an H100'}\n"
+          f"{'pictures a device':>18} {'mode':>12} {'weights GiB':>12} {'activations':>12} {'one GPU':>8} {'FSDP on 8':>10} {'TFLOP a step':>13} {'seconds':>8}")
     for area, count in args.how.stage.batch.items():
         # The student's graph waits while the heads' gradient goes through the teacher: two sets of activations.
-        kept = 2 * train.activations(config, "full" if full else "none", count, (area // 16, area // 16), 128)
-        forward, gan = count * train.flops(model, (area // 16) ** 2, 128) / 3, "gan" not in args.without
-        for mode, fixed in modes.items():
-            learn = (3 if mode == "all weights" else 2) + full                     # forward, backward, and forward again; an adapter's weights hardly count
-            simulated = (STEPS - 1) / 2                                            # on average
-            work = CRITIC * (simulated + 1 + learn + gan * (2 + 2 * R1_SHARE)) + simulated + learn + 4 + gan * (2 + full)
-            shared = f"{(fixed / 8 + 16 * heads + kept) / gib:10.2f}" if mode == "all weights" else f"{'-':>10}"
-            print(f"{count:4} of {area:4} x {area:<4}{mode:>12} {(fixed + 16 * heads) / gib:12.2f} {kept / gib:12.2f} {(fixed + 16 * heads + kept) / gib:8.2f} {shared} {work * forward / 1e12:13.2f}"
-                  f"   {work * forward / peak / 0.4:.1f} s at 40% of {peak / 1e12:.1f} TFLOP/s, as measured on this {args.device}")
+        kept = (1 + gan) * train.activations(config, "full" if again else "none", count, (area // 16, area // 16), 128)
+        for mode, learnt in (("all weights", base), (f"LoRA {rank}", adapter)):
+            # fp32. The teacher; of student and fake weights and two moments; the student's average; a gradient, of one at a time; the heads'
+            fixed, whole = 4 * base + (12 + 12 + 4 + 4) * learnt + 16 * heads, learnt == base
+            learn, simulated = (3 if whole else 2) + again, (STEPS - 1) / 2        # in forwards: there, back, there again; steps simulated, on average
+            forwards = CRITIC * (simulated + 1 + learn + gan * (2 + 2 * R1_SHARE)) + simulated + learn + 4 + gan * (2 + again)
+            work = forwards * count * train.flops(model, (area // 16) ** 2, 128) / 3
+            print(f"{count:4} of {area:4} x {area:<4} {mode:>12} {fixed / gib:12.2f} {kept / gib:12.2f} {(fixed + kept) / gib:8.2f} {f'{(fixed / 8 + kept) / gib:.2f}' if whole else '-':>10} "
+                  f"{work / 1e12:13.2f} {work / peak / 0.4:8.1f}")
 
 
 def main(argv=None):

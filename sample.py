@@ -496,12 +496,12 @@ def rewriting(scene, rng, vague):
     return instructions, request(scene, asked, rng, vague), data.caption(scene, details, rng)
 
 
-# What a reasoner is told: the paper's rules in our words. The toy's knows only the sentences that it was trained on.
+# What a reasoner is told: the paper's rules in our words. The toy's knows only the sentences that it was trained on; these two did best [ours].
 SYSTEM = """Turn the user's request into one dense prompt for a text-to-image model that was trained on detailed captions. Settle on one concrete scene. Whatever the user said stays as it is:
 objects, numbers, colors, names, quoted text, relations; add only what was left open. Describe each of several subjects apart: its look, its place, how it stands to the others. Write out what
 follows from the request: if it shows the answer to 2+2, write "2+2=4". Then background, light, style, viewpoint. State things as they are: no maybe, no alternatives.
 Reply in the user's language with the prompt alone: one paragraph of about 100 words."""
-TOY_SYSTEM = " ".join([REWRITE] + [wordings[0] for wordings in GUIDELINES.values()])
+TOY_SYSTEM = " ".join([REWRITE, GUIDELINES["color"][0], GUIDELINES["place"][0]])
 FINAL = r"(?s)<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?=<\|(?:end|return|start|channel|call)\|>|$)"        # harmony: the one channel for the user
 BARE = r"(?s)^.*assistantfinal|^(?:analysis|commentary)(?=[A-Z\"“]).*$"              # and what is left of harmony where special tokens were dropped
 THINK = r"(?is)<(think|thinking|reasoning|analysis)>.*?(?:</\1>|$)|^.*</(?:think|thinking|reasoning|analysis)>"
@@ -541,7 +541,7 @@ def keeps(request, answer):
     (words, known), spots = (set(re.findall(r"\w+", text)) for text in plain), re.findall(rf"\b{ANY(SPOT)}\b", plain[1])
     at = {(color, shape): SPOT[spot] for color, shape, spot in re.findall(rf"\b{NOUN}(?: is)? {ANY(SPOT)}\b", plain[1])}
     among = lambda claims, others: all(any(all(a in ("", b) for a, b in zip(claim, other)) for other in others) for claim in claims)
-    possible = len({SPOT[s] for s in spots}) == len(spots) and all(sum((p - q) * d for p, q, d in zip(at[c, s], at[e, t], data.RELATIONS[r])) >= 0
+    possible = len({SPOT[s] for s in spots}) == len(spots) and all(sum((p - q) * d for p, q, d in zip(at[c, s], at[e, t], data.RELATIONS[r])) > 0
                                                                    for c, s, r, e, t in said if {(c, s), (e, t)} <= at.keys())
     return len(asked) == len(found) > 0 and among(asked, found) and among(wanted, said) and words <= known | {"a", "an", "the", "and", "of"} and possible
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+import distill
 import lens
 import rl
 import sample
@@ -61,7 +62,7 @@ def test_commands_of_the_readme_are_understood(command, capsys):
     if script == "lens":
         return
     with pytest.raises(SystemExit) as done:
-        {"sample": sample.main, "train": train.main, "vae": vae.main, "data": data.main, "rl": rl.main}[script](["--help"])
+        {"sample": sample.main, "train": train.main, "vae": vae.main, "data": data.main, "rl": rl.main, "distill": distill.main}[script](["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     assert done.value.code == 0
     assert {w.split("=")[0] for w in words[2:] if w.startswith("--")} <= known
