@@ -195,9 +195,8 @@ def attempt(model, vaes, features, noise, grid, steps, guidance, without=(), pad
 def bench(args, device):
     """A JSON line a case: seconds from features (toy: from the prompt) to pixels, ours beside the naive one padded to LIMIT and a `tight` one, masked
     but not padded; predicted_s: the first case's by FLOPs; without_...: times what all tricks but that one take. Random weights, but for the toy."""
-    side = 1024 if device == "cpu" else 8192
     for size in [args.size] if args.size else ["toy", "small", *["full"] * (device != "cpu")]:
-        dtype, _ = pick_dtype(device, args.dtype, lens.SIZES[size].transformer.inner_dim)
+        (dtype, _), side = pick_dtype(device, args.dtype, lens.SIZES[size].transformer.inner_dim), 1024 if device == "cpu" else 8192
         with torch.device(device):
             big, model, vae, encoder = torch.randn(side, side).to(dtype), *(lens.load_pipeline(TOY, device, dtype) if size == "toy" else (
                 lens.LensTransformer(lens.SIZES[size].transformer).to(dtype), autoencoder.LensVAE(lens.SIZES[size].vae).eval().to(dtype), None))
@@ -216,8 +215,10 @@ def bench(args, device):
             found = race({"ours": go(), "naive": go(*TRICKS), "tight": go(*TRICKS, pad=0), "matmul": lambda: big @ big, **table}, 3, device)
             ours, (a, _), (b, _), work, peak = found["ours"][1], found["ours"][2], found["naive"][2], counter.get_total_flops(), 2 * side**3 / found["matmul"][1]
             per_flop = ours / work if k == 0 else per_flop
-            tell(found, work, peak, device, size=size, dtype=str(dtype)[6:], compiled=args.compile, pixels=f"{16 * h}x{16 * h}", image_tokens=h * h, text_tokens=read().shape[1],
-                 batch=batch, steps=steps, guidance=g, predicted_s=per_flop * work, difference=((a - b).norm() / b.norm()).item(), **{name: found[name][1] / ours for name in table})
+            q = torch.empty(1, model.config.num_attention_heads, h * h, model.config.attention_head_dim, device=device, dtype=dtype)
+            tell(found, work, peak, device, size=size, dtype=str(dtype)[6:], compiled=args.compile, attention=torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q)).name,
+                 pixels=f"{16 * h}x{16 * h}", image_tokens=h * h, text_tokens=read().shape[1], batch=batch, steps=steps, guidance=g,
+                 predicted_s=per_flop * work, difference=((a - b).norm() / b.norm()).item(), **{name: found[name][1] / ours for name in table})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

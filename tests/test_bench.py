@@ -89,7 +89,7 @@ def test_the_bench_of_samples_prints_json_lines(capsys):
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert len(rows) == 8
     for row in rows:
-        assert {"device", "dtype", "pixels", "image_tokens", "text_tokens", "batch", "steps", "guidance", "warm_up", "cold_s", "tflops", "peak_memory_gib"} <= row.keys()
+        assert {"device", "dtype", "attention", "pixels", "image_tokens", "text_tokens", "batch", "steps", "guidance", "warm_up", "cold_s", "tflops", "peak_memory_gib"} <= row.keys()
         assert row["ratio"] == pytest.approx(row["naive_s"] / row["ours_s"], rel=2e-3) and row["tight_ratio"] == pytest.approx(row["tight_s"] / row["ours_s"], rel=2e-3)
         assert row["peak_share"] == pytest.approx(row["tflops"] / row["matmul_tflops"], rel=2e-3) and row["difference"] < 2e-6
     assert {row["image_tokens"] for row in rows} == {4, 16, 64} and rows[0]["predicted_s"] == rows[0]["ours_s"]
