@@ -433,7 +433,7 @@ def evaluate(args, state, bar):
             state["scores"] = scores
 
 def sheet(args, path):
-    """Contact sheet. Rows: teacher, 20 guided steps; teacher, 4 plain steps; student, 4 plain steps. Down a column prompt and seed are the same."""
+    """Contact sheet. Rows: teacher, 20 guided steps; teacher, 4 plain steps; student, 4 plain steps. One prompt and seed a column."""
     prompts = [sample.held_out(task, 2, *args.home)[k][2] for task in data.TASKS for k in range(2)]
     for name, who, steps, guidance in (("guided", "teacher", sample.STEPS, args.guidance), ("plain", "teacher", STEPS, 1.0),
                                        ("student", "ema", STEPS, 1.0)):

@@ -584,12 +584,14 @@ def edit_guidelines(system, summary, tried):
              + [plus(two) for two in itertools.combinations(missing, 2)])
     return next((edit for edit in edits if edit not in (system, *tried)), None)
 
-ASK_PROPOSER = """A language model rewrites short requests for pictures into dense prompts for a text-to-image model. This is its system prompt:
+ASK_PROPOSER = """A language model rewrites short requests for pictures into dense prompts for a text-to-image model. This is its \
+system prompt:
 ---
 {system}
 ---
 Pictures made that way were judged: {summary}
-{tried}Write a better system prompt: general rules that prevent such failures, nothing about single requests. It must still ask that all the user said is kept and that the reply is the prompt alone.
+{tried}Write a better system prompt: general rules that prevent such failures, nothing about single requests. \
+It must still ask that all the user said is kept and that the reply is the prompt alone.
 Reply with one JSON object, nothing else: {{"system_prompt": "..."}}"""
 
 def propose_by(endpoint):
