@@ -39,9 +39,9 @@ STEPS, GUIDANCE, BASE = 20, 5.0, 1024     # [checkpoint] where weights do not sa
 TOY_BASE = 96                              # [ours] the toy's own size: pictures of 96 x 96 where nothing else is said
 MAX_AREA = 1440**2                         # [paper] the largest area it generalises to, untrained
 TOGETHER = 512                             # [ours] image tokens up to which guidance's two branches share a forward
-TRICKS = ("exact length", "bare unconditional branch", "shared forward", "modulation once", "compiled", "channels last")         # --bench takes each away
+TRICKS = ("exact length", "bare unconditional branch", "shared forward", "modulation once",                # --bench takes each away
+          "compiled", "channels last")
 LIMIT = 415                                # [checkpoint] the most text tokens that a prompt has: 512 less the 97 of the chat before it
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The sampler.
@@ -51,7 +51,6 @@ def guide(cond, uncond, guidance):
     than any that the decoder has met, and colours burn out."""
     combined = uncond + guidance * (cond - uncond)
     return combined * (cond.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True).clamp_min(1e-12))
-
 
 @torch.no_grad()
 def denoise(model, noise, text, text_mask, grid, steps, guidance, on_step=None, negative=None, negative_mask=None, start=0, together=TOGETHER):
@@ -83,16 +82,13 @@ def denoise(model, noise, text, text_mask, grid, steps, guidance, on_step=None, 
             on_step(i, x, v)
     return x
 
-
 def from_pil(images):
     """PIL images of one size -> [B, 3, H, W] in [-1, 1]."""
     return autoencoder.to_images(torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])))
 
-
 def picture_noise(seed, grid, channels):
     """[1, h*w, C] noise of one picture, from its own seed alone, made on the CPU: the same on every device, in every batch."""
     return torch.randn((1, grid[0] * grid[1], channels), generator=torch.Generator().manual_seed(int(seed)))
-
 
 def encode(encoder, prompts):
     """Features of prompts, one by one [K, S, E]: equal lengths run together, so there is no padding. Empty prompts give None:
@@ -108,11 +104,9 @@ def encode(encoder, prompts):
                 found[i] = one
     return found
 
-
 def settings(notes, steps, guidance):
     """(steps, guidance): as asked, else what the weights' notes say, else the defaults."""
     return steps or int(notes.get("steps", STEPS)), float(notes.get("guidance", GUIDANCE)) if guidance is None else guidance
-
 
 @torch.no_grad()
 def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=None, width=None, steps=None, guidance=None, negative="",
@@ -146,14 +140,14 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
             begin = from_pil([images[i].resize((width, height), Image.LANCZOS) for i in batch])
             x0 = vae.to_tokens(vae.encode(begin.to(device, next(vae.parameters()).dtype))[0]).float()
             noise = lens.add_noise(x0, noise, lens.sigmas(noise.shape[1], steps)[start].item())
-        text = None if features[batch[0]] is None else list(torch.stack([features[i] for i in batch], 1).to(device))       # K x [B, S, E], or no text at all
+        text = (None if features[batch[0]] is None else                            # K x [B, S, E], or no text at all
+                list(torch.stack([features[i] for i in batch], 1).to(device)))
         unwanted = None if negative_features is None else [layer.expand(len(batch), -1, -1) for layer in negative_features.to(device)]
         step = lambda *now: (bar.update(), on_step(*now) if on_step else None)
         tokens = denoise(transformer, noise, text, None, grid, steps, guidance, step, unwanted, None, start)
         results.update(zip(batch, autoencoder.to_pil(vae.decode(vae.to_latent(tokens, grid).to(next(vae.parameters()).dtype)))))
     bar.close()
     return [results[i] for i in range(len(prompts))]
-
 
 def race(runners, rounds, device):
     """{name: [seconds of the first run, median of the others, the others' results]} of runners {name: function}, taken in turn, so that
@@ -165,16 +159,15 @@ def race(runners, rounds, device):
         seconds[name].append((wait(), time.perf_counter())[1] - begin)
     return {name: (s[0], float(np.median(s[1:])), made[name]) for name, s in seconds.items()}
 
-
 def tell(found, work, peak, device, **row):
     """Prints a case's JSON line: row, and what race found of ours, the naive and the tight path; work: our FLOPs, peak: FLOP/s of a matrix product."""
     (cold, ours, _), naive, tight = found["ours"], found["naive"][1], found["tight"][1]
-    name, memory = ((f"cpu, {torch.get_num_threads()} threads", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) if device == "cpu" else
-                    (torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()))
-    row = dict(device=name, **row, warm_up=1, rounds=3, cold_s=cold, ours_s=ours, naive_s=naive, ratio=naive / ours, tight_s=tight, tight_ratio=tight / ours,
-               tflops=work / ours / 1e12, matmul_tflops=peak / 1e12, peak_share=work / ours / peak, peak_memory_gib=memory / 2**30)
+    name, memory = ((f"cpu, {torch.get_num_threads()} threads", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+                    if device == "cpu" else (torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()))
+    row = dict(device=name, **row, warm_up=1, rounds=3, cold_s=cold, ours_s=ours, naive_s=naive, ratio=naive / ours,
+               tight_s=tight, tight_ratio=tight / ours, tflops=work / ours / 1e12, matmul_tflops=peak / 1e12,
+               peak_share=work / ours / peak, peak_memory_gib=memory / 2**30)
     print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
-
 
 def attempt(model, vaes, features, noise, grid, steps, guidance, without=(), pad=LIMIT):
     """(tokens, pixels) by all of TRICKS but some. With none it is what one writes first: text padded to `pad` and masked in both branches,
@@ -185,11 +178,12 @@ def attempt(model, vaes, features, noise, grid, steps, guidance, without=(), pad
     seen = (torch.arange(rows, device=noise.device) < S).expand(len(noise), -1)
     other = (None, None) if on("bare unconditional branch") else (text, torch.zeros_like(seen))
     if not on("modulation once"):
-        model.modulation = lambda t: lens.Modulation(time := model.time(t), (None,) * len(model.transformer_blocks), model.norm_out["linear"](F.silu(time)))
+        model.modulation = lambda t: lens.Modulation(
+            time := model.time(t), (None,) * len(model.transformer_blocks), model.norm_out["linear"](F.silu(time)))
     with torch.compiler.set_stance("default" if on("compiled") else "force_eager"):
-        tokens = denoise(model, noise, text, None if on("exact length") else seen, grid, steps, guidance, None, *other, 0, TOGETHER * on("shared forward"))
+        tokens = denoise(model, noise, text, None if on("exact length") else seen, grid, steps, guidance, None, *other, 0,
+                         TOGETHER * on("shared forward"))
         return tokens, (vae := vaes[on("channels last")]).decode(vae.to_latent(tokens, grid).to(features.dtype))
-
 
 @torch.no_grad()
 def bench(args, device):
@@ -200,12 +194,14 @@ def bench(args, device):
         with torch.device(device):
             big, model, vae, encoder = torch.randn(side, side).to(dtype), *(lens.load_pipeline(TOY, device, dtype) if size == "toy" else (
                 lens.LensTransformer(lens.SIZES[size].transformer).to(dtype), autoencoder.LensVAE(lens.SIZES[size].vae).eval().to(dtype), None))
-        vaes = copy.deepcopy(vae).to(memory_format=torch.contiguous_format), vae.to(memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format)
+        vaes = (copy.deepcopy(vae).to(memory_format=torch.contiguous_format),
+                vae.to(memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format))
         lens.quicken(model, vae) if args.compile else None
         n, (low, mid, high) = args.steps or STEPS, {"full": (32, 64, 90), "nano": (2, 4, 8)}.get(size, (8, 16, 32))
-        for k, (h, batch, steps, g, S) in enumerate([(mid, 1, n, GUIDANCE, 128), *((h, 1, n, GUIDANCE, 128) for h in (low, high)), (mid, 4, n, GUIDANCE, 128),
-                                                     *((mid, 1, 4, g, 128) for g in (GUIDANCE, 1.0)), *((mid, 1, n, GUIDANCE, S) for S in (32, LIMIT))]):
-            given = torch.randn(len(model.txt_norm), S, model.config.enc_hidden_dim).to(device, dtype)             # 128: the paper's captions have 109 words
+        for k, (h, batch, steps, g, S) in enumerate([                              # 128: the paper's captions have 109 words
+                (mid, 1, n, GUIDANCE, 128), *((h, 1, n, GUIDANCE, 128) for h in (low, high)), (mid, 4, n, GUIDANCE, 128),
+                *((mid, 1, 4, g, 128) for g in (GUIDANCE, 1.0)), *((mid, 1, n, GUIDANCE, S) for S in (32, LIMIT))]):
+            given = torch.randn(len(model.txt_norm), S, model.config.enc_hidden_dim).to(device, dtype)
             read = lambda: encode(encoder, ["a red circle to the left of a blue square"])[0] if encoder and S == 128 else given
             noise = torch.cat([picture_noise(i, (h, h), model.config.in_channels) for i in range(batch)]).to(device)
             go = lambda *without, pad=LIMIT: lambda: attempt(model, vaes, read(), noise, (h, h), steps, g, without, pad)
@@ -213,23 +209,25 @@ def bench(args, device):
                 go("compiled")()
             table = {f"without_{trick.replace(' ', '_')}": go(trick) for trick in TRICKS if k == 0 and (args.compile or trick != "compiled")}
             found = race({"ours": go(), "naive": go(*TRICKS), "tight": go(*TRICKS, pad=0), "matmul": lambda: big @ big, **table}, 3, device)
-            ours, (a, _), (b, _), work, peak = found["ours"][1], found["ours"][2], found["naive"][2], counter.get_total_flops(), 2 * side**3 / found["matmul"][1]
+            ours, (a, _), (b, _), work, peak = (found["ours"][1], found["ours"][2], found["naive"][2],
+                                                counter.get_total_flops(), 2 * side**3 / found["matmul"][1])
             per_flop = ours / work if k == 0 else per_flop
             q = torch.empty(1, model.config.num_attention_heads, h * h, model.config.attention_head_dim, device=device, dtype=dtype)
-            tell(found, work, peak, device, size=size, dtype=str(dtype)[6:], compiled=args.compile, attention=torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q)).name,
+            tell(found, work, peak, device, size=size, dtype=str(dtype)[6:], compiled=args.compile,
+                 attention=torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q)).name,
                  pixels=f"{16 * h}x{16 * h}", image_tokens=h * h, text_tokens=read().shape[1], batch=batch, steps=steps, guidance=g,
-                 predicted_s=per_flop * work, difference=((a - b).norm() / b.norm()).item(), **{name: found[name][1] / ours for name in table})
-
+                 predicted_s=per_flop * work, difference=((a - b).norm() / b.norm()).item(),
+                 **{name: found[name][1] / ours for name in table})
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices, sizes, files.
 
 def pick_device(name=None):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    lens.require(not name.startswith("cuda") or torch.cuda.is_available(), "--device cuda: no CUDA device was found; leave --device out to run on the CPU")
+    lens.require(not name.startswith("cuda") or torch.cuda.is_available(),
+                 "--device cuda: no CUDA device was found; leave --device out to run on the CPU")
     with lens.told(f"--device {name}: not a device; try cpu or cuda"):
         return str(torch.device(name))
-
 
 def pick_dtype(device, name=None, width=128):
     """(dtype, why). On a GPU bf16; on a CPU whichever multiplies this model's matrices faster, since only some CPUs have bf16
@@ -243,7 +241,6 @@ def pick_dtype(device, name=None, width=128):
     ratio = seconds[torch.float32][1] / seconds[torch.bfloat16][1]
     return (torch.bfloat16 if ratio > 1.5 else torch.float32), f"bf16 products run {ratio:.1f}x as fast as fp32 here"
 
-
 def pick_size(height, width, aspect, base):
     """(height, width) from what was asked, or LensError: sides divisible by 16, ratio within 1:2 and 2:1, area to 1440^2."""
     if height or width:
@@ -253,13 +250,13 @@ def pick_size(height, width, aspect, base):
         with lens.told("--aspect"):
             height, width = data.bucket(base, aspect or "1:1")
     lens.require(min(height, width) > 0 and height % 16 == width % 16 == 0,
-                 f"size {height} x {width}: both sides must be positive and divisible by 16 (say {max(16, height // 16 * 16)} x {max(16, width // 16 * 16)})")
+                 f"size {height} x {width}: both sides must be positive and divisible by 16 "
+                 f"(say {max(16, height // 16 * 16)} x {max(16, width // 16 * 16)})")
     lens.require(max(height, width) <= 2 * min(height, width), f"size {height} x {width}: the ratio must lie between 1:2 and 2:1")
     # two sizes of the checkpoint's own table, 1040 x 2080 and 1088 x 1936, are a few rows above the limit
     lens.require(height * width <= MAX_AREA or (min(height, width), max(height, width)) in data.PAPER_BUCKETS[1440],
                  f"size {height} x {width}: the area is above 1440 x 1440, the largest that the model was tried at")
     return height, width
-
 
 def identity(folder, part="transformer"):
     """A short name for a part's weights: folder name and a hash of what the files say of themselves (header, size, date)."""
@@ -269,7 +266,6 @@ def identity(folder, part="transformer"):
             digest.update(f.read(1 << 16))
         digest.update(str((file.name, file.stat().st_size, file.stat().st_mtime_ns if part == "text_encoder" else 0)).encode())
     return f"{Path(folder).name}-{digest.hexdigest()[:10]}"
-
 
 def cached_features(folder, prompts, device, dtype, date, cache, encoder=None):
     """Features of prompts from the disk cache, encoding what is not there. -> list as from `encode`.
@@ -292,17 +288,15 @@ def cached_features(folder, prompts, device, dtype, date, cache, encoder=None):
             if paths[i]:
                 try:
                     lens.write_safetensors(paths[i], {"features": found[i]})
-                except LensError as e:                                             # a full or read-only disk costs the cache, not the picture
+                except LensError as e:                                           # a full or read-only disk costs the cache, not the picture
                     print(f"note: prompt features were not cached: {e}", file=sys.stderr)
                     paths = [None] * len(paths)
     return [found.get(i) for i in range(len(prompts))]
-
 
 def check_writable(folder):
     """LensError where nothing can be written to folder: asked before the work, not found out after it."""
     lens.replace_file(Path(folder) / ".writable", lambda new: new.write_text(""))
     (Path(folder) / ".writable").unlink()
-
 
 def contact_sheet(images, columns=None):
     """All pictures in one, a grid of equal cells."""
@@ -313,7 +307,6 @@ def contact_sheet(images, columns=None):
         sheet.paste(image, (k % columns * (w + 4), k // columns * (h + 4)))
     return sheet
 
-
 def save_png(image, path, notes):
     """Writes beside and renames; notes become PNG text chunks (UTF-8), which any image viewer shows."""
     info = PngImagePlugin.PngInfo()
@@ -321,13 +314,11 @@ def save_png(image, path, notes):
         info.add_itxt(name, str(value))
     lens.replace_file(path, lambda new: image.save(new, "PNG", pnginfo=info))
 
-
 def strange_words(prompts, notes):
     """Words of the prompts that the model never saw in training, where its weights say which it saw (the toy's do)."""
     known = set(json.loads(notes.get("words", "[]")))
     words = {w for p in prompts for w in "".join(c if c.isalnum() else " " for c in p.lower()).split()}
     return sorted(words - known) if known else [], known
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The checker: pixels in, facts out. Colour segmentation, connected regions, and shape by moments.
@@ -338,7 +329,6 @@ class Found(NamedTuple):
     size: float
     x: float
     y: float
-
 
 def _regions(labels):
     """Connected regions (4 neighbours, equal label > 0) of an integer map [H, W]: list of (rows, columns) index arrays."""
@@ -360,7 +350,6 @@ def _regions(labels):
         regions.append(np.divmod(np.array(members), width))
     return regions
 
-
 def _signature(weight, ys, xs):
     """A region's centre, equal-area radius (pixels), and shape numbers that do not depend on size, place or rotation.
 
@@ -376,7 +365,6 @@ def _signature(weight, ys, xs):
     hollow = 1 - weight[middle].sum() / max(math.pi * (0.36 * radius) ** 2, 1.0)
     return cx, cy, radius, np.array([(weight * np.abs(z) ** 2).sum() / total, moment(3), moment(4), moment(5), 0.5 * hollow])
 
-
 @functools.cache
 def _references():
     """Mean shape numbers of each shape, measured on drawn ones: [6, 5], and their spread over all shapes: [5]."""
@@ -384,7 +372,8 @@ def _references():
     for shape in data.SHAPES:
         rows = []
         for k in range(24):
-            obj = data.Object(shape, "red", 0.10 + 0.07 * k / 23, 0.5 + rng.uniform(-.01, .01), 0.5 + rng.uniform(-.01, .01), rng.uniform(0, 6.3), "plain", (0, 0, 0))
+            obj = data.Object(shape, "red", 0.10 + 0.07 * k / 23, 0.5 + rng.uniform(-.01, .01), 0.5 + rng.uniform(-.01, .01),
+                              rng.uniform(0, 6.3), "plain", (0, 0, 0))
             cover = data.coverage(obj, 80, 80)
             ys, xs = np.nonzero(cover)
             rows.append(_signature(cover[ys, xs], ys, xs)[3])
@@ -392,10 +381,8 @@ def _references():
         spread.append(np.std(rows, 0))
     return np.array(table), np.sqrt(np.mean(np.square(spread), 0)) + 0.012
 
-
 UNCLEAR = 12.0           # this many spreads from every reference, a region is no shape at all
 HUES = np.array([colorsys.rgb_to_hsv(*(v / 255 for v in rgb))[0] for rgb in data.COLORS.values()])
-
 
 def look(image):
     """(list of Found, background luminance in [0, 1]) of a PIL image or uint8 array [H, W, 3]."""
@@ -423,7 +410,6 @@ def look(image):
                            radius / math.sqrt(height * width), (cx + 0.5) / width, (cy + 0.5) / height))
     return found, tone
 
-
 def check(image, claims, seen=None):
     """Which of the facts hold in the picture: list of bool. image: PIL or uint8 [H, W, 3]; claims: list of Fact; seen: look(image)."""
     found, tone = seen or look(image)
@@ -448,7 +434,6 @@ def check(image, claims, seen=None):
         return nearest_tone == fact.value
     return [holds(fact) for fact in claims]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Requests as people type them, and what a reasoner is asked to make of them.
 
@@ -457,10 +442,10 @@ def check(image, claims, seen=None):
 VAGUE = {"circle": ("disc", "dot"), "square": ("box", "block"), "triangle": ("pyramid", "wedge"), "star": ("asterisk", "starlet"),
          "cross": ("plus", "plus sign"), "ring": ("hoop", "donut"), "red": ("crimson", "scarlet"), "orange": ("tangerine", "amber"),
          "yellow": ("lemon", "golden"), "green": ("emerald", "grassy"), "cyan": ("turquoise", "teal"), "blue": ("navy", "cobalt"),
-         "purple": ("violet", "lilac"), "pink": ("rosy", "magenta"), "two": ("a couple of", "a pair of"), "three": ("a trio of", "three"),
-         "four": ("a quartet of", "four"), "to the left of": ("left of", "on the left side of"), "to the right of": ("right of", "on the right side of"),
+         "purple": ("violet", "lilac"), "pink": ("rosy", "magenta"),
+         "two": ("a couple of", "a pair of"), "three": ("a trio of", "three"), "four": ("a quartet of", "four"),
+         "to the left of": ("left of", "on the left side of"), "to the right of": ("right of", "on the right side of"),
          "above": ("over", "on top of"), "below": ("under", "beneath")}
-
 
 def request(scene, details, rng, vague=False):
     """A brief request for the scene, as a person would type it: "two red circles"; vague ones swap words by VAGUE."""
@@ -475,7 +460,6 @@ def request(scene, details, rng, vague=False):
         return f"{first} {say(data.relation_of(*scene.objects[:2]))} {second}"
     return data.listing(phrases)
 
-
 REWRITE = "Rewrite the request as a description of one picture."
 # What a system message can ask of the reasoner, and the detail that it then writes out. Two wordings each.
 GUIDELINES = {"size": ("State the size of every object.", "Say how large each object is."),
@@ -483,7 +467,6 @@ GUIDELINES = {"size": ("State the size of every object.", "Say how large each ob
               "relation": ("Say how the objects stand to each other.", "Describe the relations between objects."),
               "background": ("Describe the background.", "Say what is behind the objects."),
               "color": ("Give every object a color.", "Name a color for each object.")}
-
 
 def rewriting(scene, rng, vague):
     """One exercise for the reasoner: (instructions, request, the dense caption that follows both)."""
@@ -495,23 +478,29 @@ def rewriting(scene, rng, vague):
     details = frozenset(d for d in set(asked) | set(chosen) if d != "relation" or pair)
     return instructions, request(scene, asked, rng, vague), data.caption(scene, details, rng)
 
-
 # What a reasoner is told: the paper's rules in our words. The toy's knows only the sentences that it was trained on; these two did best [ours].
-SYSTEM = """Turn the user's request into one dense prompt for a text-to-image model that was trained on detailed captions. Settle on one concrete scene. Whatever the user said stays as it is:
-objects, numbers, colors, names, quoted text, relations; add only what was left open. Describe each of several subjects apart: its look, its place, how it stands to the others. Write out what
-follows from the request: if it shows the answer to 2+2, write "2+2=4". Then background, light, style, viewpoint. State things as they are: no maybe, no alternatives.
+SYSTEM = """Turn the user's request into one dense prompt for a text-to-image model that was trained on detailed captions. \
+Settle on one concrete scene. Whatever the user said stays as it is:
+objects, numbers, colors, names, quoted text, relations; add only what was left open. \
+Describe each of several subjects apart: its look, its place, how it stands to the others. Write out what
+follows from the request: if it shows the answer to 2+2, write "2+2=4". \
+Then background, light, style, viewpoint. State things as they are: no maybe, no alternatives.
 Reply in the user's language with the prompt alone: one paragraph of about 100 words."""
 TOY_SYSTEM = " ".join([REWRITE, GUIDELINES["color"][0], GUIDELINES["place"][0]])
-FINAL = r"(?s)<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?=<\|(?:end|return|start|channel|call)\|>|$)"        # harmony: the one channel for the user
-BARE = r"(?s)^.*assistantfinal|^(?:analysis|commentary)(?=[A-Z\"“]).*$"              # and what is left of harmony where special tokens were dropped
+# harmony: the one channel for the user; and what is left of harmony where special tokens were dropped
+FINAL = r"(?s)<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?=<\|(?:end|return|start|channel|call)\|>|$)"
+BARE = r"(?s)^.*assistantfinal|^(?:analysis|commentary)(?=[A-Z\"“]).*$"
 THINK = r"(?is)<(think|thinking|reasoning|analysis)>.*?(?:</\1>|$)|^.*</(?:think|thinking|reasoning|analysis)>"
 ITEM = r"(?im)^\W{0,3}(?:(?:option|version|variant|variante|opción|вариант|选项|方案)\s*\w{1,2}\b\W*|\d{1,2}[.)]\W*\s|[a-c]\)\s)"
-LABEL = r"(?i)^\W*(?:(?:here(?: is|['’]s)|the|your|final|new|rewritten|revised|improved|enhanced|detailed|dense|image)\s+)*(?:prompt|description|提示词|改写)\W*?[:：]\W*?(?=[\w\"“'«「])"
-CHATTER = r"(?is)\n\s*\W*(?:let me know|feel free|i hope|hope this|would you like|if you(?:'d| would)? (?:like|want)|note|explanation|this prompt)\b.*"
+LABEL = (r"(?i)^\W*(?:(?:here(?: is|['’]s)|the|your|final|new|rewritten|revised|improved|enhanced|detailed|dense|image)\s+)*"
+         r"(?:prompt|description|提示词|改写)\W*?[:：]\W*?(?=[\w\"“'«「])")
+CHATTER = (r"(?is)\n\s*\W*(?:let me know|feel free|i hope|hope this|would you like|if you(?:'d| would)? (?:like|want)|"
+           r"note|explanation|this prompt)\b.*")
 QUOTED = r"""\*\*([^*]+)\*\*|"([^"]+)"|“([^“”]+)”|„([^“”]+)[“”]|'([^']+)'|‘([^‘’]+)’|«([^«»]+)»|「([^「」]+)」|`([^`]+)`"""
-REFUSAL = (r"(?i)(?:i['’]?m (?:\w+ )?sorry|sorry,? (?:but )?i|i (?:can(?:no|['’])t|can not|won['’]t|am (?:unable|not able))\b|i['’]m (?:unable|not able)|as an ai\b|unfortunately,? i|很?抱歉|对不起|"
-           r"我(?:无法|不能)|申し訳|すみません|죄송|(?:je suis )?désolée?\b|je ne peux pas|lo siento|no puedo|(?:es )?tut mir leid|ich kann \w* ?nicht|извините|к сожалению|mi dispiace|desculpe)")
-
+REFUSAL = (r"(?i)(?:i['’]?m (?:\w+ )?sorry|sorry,? (?:but )?i|i (?:can(?:no|['’])t|can not|won['’]t|am (?:unable|not able))\b|"
+           r"i['’]m (?:unable|not able)|as an ai\b|unfortunately,? i|很?抱歉|对不起|我(?:无法|不能)|申し訳|すみません|죄송|"
+           r"(?:je suis )?désolée?\b|je ne peux pas|lo siento|no puedo|(?:es )?tut mir leid|ich kann \w* ?nicht|"
+           r"извините|к сожалению|mi dispiace|desculpe)")
 
 def clean(raw):
     """A language model's raw answer -> the one prompt in it, one paragraph; "" where there is none: empty, refused, cut off while it still reasoned."""
@@ -526,16 +515,15 @@ def clean(raw):
         text = quoted[quoted.lastindex].strip()
     return "" if re.match(REFUSAL, text) or not any(c.isalnum() for c in text) else text
 
-
 ANY = lambda words: "(" + "|".join(sorted(map(re.escape, words), key=len, reverse=True)) + ")"
 PLAIN = {word: name for name, words in VAGUE.items() for word in words}
 SPOT = {words: (x, y) for y, row in enumerate(data.PLACES) for x, place in enumerate(row) for words in data.PLACE_WORDS[place]}
 NOUN = rf"(?:(?:small|large) )?(?:{ANY(data.COLORS)} )?{ANY(data.SHAPES)}(?:es|s)?\b"
 
-
 def keeps(request, answer):
     """The toy world's check: all words, numbers, colors and relations of the request stand in the answer, which adds no object, and can be drawn."""
-    plain = [re.sub(rf"(?<!to the )\b{ANY(PLAIN)}(e?s)?\b", lambda m: data.plural(PLAIN[m[1]]) if m[2] else PLAIN[m[1]], text.lower()) for text in (request, answer)]
+    plain = [re.sub(rf"(?<!to the )\b{ANY(PLAIN)}(e?s)?\b", lambda m: data.plural(PLAIN[m[1]]) if m[2] else PLAIN[m[1]], text.lower())
+             for text in (request, answer)]
     asked, found = ([(n.rstrip("n"), *noun) for n, *noun in re.findall(rf"\b(an?|two|three|four) {NOUN}", text)] for text in plain)
     wanted, said = (re.findall(rf"\b{NOUN}(?: is)? {ANY(data.RELATIONS)} (?:an?|the) {NOUN}", text) for text in plain)
     (words, known), spots = (set(re.findall(r"\w+", text)) for text in plain), re.findall(rf"\b{ANY(SPOT)}\b", plain[1])
@@ -543,74 +531,79 @@ def keeps(request, answer):
     among = lambda claims, others: all(any(all(a in ("", b) for a, b in zip(claim, other)) for other in others) for claim in claims)
     possible = len({SPOT[s] for s in spots}) == len(spots) and all(sum((p - q) * d for p, q, d in zip(at[c, s], at[e, t], data.RELATIONS[r])) > 0
                                                                    for c, s, r, e, t in said if {(c, s), (e, t)} <= at.keys())
-    return len(asked) == len(found) > 0 and among(asked, found) and among(wanted, said) and words <= known | {"a", "an", "the", "and", "of"} and possible
-
+    return (len(asked) == len(found) > 0 and among(asked, found) and among(wanted, said)
+            and words <= known | {"a", "an", "the", "and", "of"} and possible)
 
 def encoder_writes(encoder, system, requests, seed, trial):
     """The text encoder itself as the reasoner: its raw answers. The first trial takes the likeliest tokens; later ones add Gumbel noise
     of each request's own seed to their scores, which is to sample at temperature 0.7, and the same in any batch."""
-    lens.require(hasattr(encoder.model, "lm_head"), "this text encoder was stored without its head and cannot write: name another reasoner with --endpoint URL --model NAME")
+    lens.require(hasattr(encoder.model, "lm_head"), "this text encoder was stored without its head and cannot write: "
+                                                    "name another reasoner with --endpoint URL --model NAME")
     rows, answers = [], {}
-    template = re.sub(r"strftime_now\([^)]*\)", "current_date", encoder.tokenizer.get_chat_template())  # released ones ask for today's date: a prompt would drift
+    # released ones ask for today's date: a prompt would drift
+    template = re.sub(r"strftime_now\([^)]*\)", "current_date", encoder.tokenizer.get_chat_template())
     for request in requests:
-        chat = [{"role": role, "content": lens.strip_markers(words)} for role, words in (("system", system), ("user", request))]        # nothing leaves its turn
-        said = encoder.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True, reasoning_effort="low", enable_thinking=False, current_date=encoder.date)
+        chat = [{"role": role, "content": lens.strip_markers(words)}               # nothing leaves its turn
+                for role, words in (("system", system), ("user", request))]
+        said = encoder.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True,
+                                                     reasoning_effort="low", enable_thinking=False, current_date=encoder.date)
         rows.append(encoder.tokenizer(said, add_special_tokens=False)["input_ids"])
     for length in set(map(len, rows)):                                             # equal lengths run together: no padding
         members = [i for i, row in enumerate(rows) if len(row) == length]
         own = [torch.Generator().manual_seed(int(hashlib.sha256(f"{seed} {trial} {requests[i]}".encode()).hexdigest()[:12], 16)) for i in members]
-        noise = lambda _, scores: scores - 0.7 * torch.stack([torch.empty(scores.shape[1]).exponential_(generator=g).log() for g in own]).to(scores) if trial else scores
+        noise = lambda _, scores: scores - 0.7 * torch.stack(
+            [torch.empty(scores.shape[1]).exponential_(generator=g).log() for g in own]).to(scores) if trial else scores
         ids = torch.tensor([rows[i] for i in members], device=encoder.model.device)                    # [B, L]
-        new = encoder.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=512, do_sample=False, logits_processor=[noise])
+        new = encoder.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=512, do_sample=False,
+                                     logits_processor=[noise])
         answers.update(zip(members, encoder.tokenizer.batch_decode(new[:, length:])))
     return [answers[i] for i in range(len(rows))]
-
 
 def reason(writes, requests, system, seed=0, faithful=None, trials=8, longest=2000):
     """[request] -> [prompt]. writes(system, requests, seed, trial) -> raw answers, or None. What is empty, refused or not faithful(request, prompt)
     is asked for again from another seed; after the last trial the user's own words stand, and a notice says so. So do requests of more than `longest`
     characters: the text encoder reads no more than that."""
     prompts, trial, tell = {}, 0, lens.strip_markers
-    able = [r for r in dict.fromkeys(requests) if len(r) <= longest and (faithful is None or faithful(tell(r), tell(r)))]            # what cannot be checked stays as it is
+    # what cannot be checked stays as it is
+    able = [r for r in dict.fromkeys(requests) if len(r) <= longest and (faithful is None or faithful(tell(r), tell(r)))]
     while (left := [r for r in able if r not in prompts]) and trial < trials:
         cleaned = [clean(raw or "") for raw in writes(system, left, seed, trial)]
         prompts.update((r, p) for r, p in zip(left, cleaned) if p and (faithful is None or faithful(tell(r), p)))
         trial += 1
     if kept := {r for r in requests if r not in prompts}:
-        print(f"note: no usable prompt from the reasoner for {len(kept)} of {len(set(requests))} requests, which stay as they are: {lens.some(kept)}", file=sys.stderr)
+        print(f"note: no usable prompt from the reasoner for {len(kept)} of {len(set(requests))} requests, "
+              f"which stay as they are: {lens.some(kept)}", file=sys.stderr)
     return [prompts.get(r, r) for r in requests]
-
 
 def reasoner(args, notes, encoder):
     """`reason` as the flags say: by the endpoint if one is named, else by the text encoder. Only the toy's weights say which words they know."""
-    def endpoint_writes(system, requests, _, trial):                               # its journal would give the same answer to a second trial
-        answers = ask.ask([[{"role": "system", "content": system}, {"role": "user", "content": r}] for r in requests]) if trial == 0 else [None] * len(requests)
-        lens.require(trial or any(a is not None for a in answers), f"no answer from the reasoner at {ask.url} ({', '.join(sorted(set(ask.failed)))}): --endpoint URL goes up to and "
+    def endpoint_writes(system, requests, _, trial):                              # its journal would give the same answer to a second trial
+        answers = (ask.ask([[{"role": "system", "content": system}, {"role": "user", "content": r}] for r in requests])
+                   if trial == 0 else [None] * len(requests))
+        lens.require(trial or any(a is not None for a in answers),
+                     f"no answer from the reasoner at {ask.url} ({', '.join(sorted(set(ask.failed)))}): --endpoint URL goes up to and "
                      "with /v1, --model NAME is one that it serves, its key is read from the environment variable LENS_API_KEY")
         return answers
     with lens.told(f"cannot read --system-prompt {args.system_prompt}"):
         system = Path(args.system_prompt).read_text(encoding="utf-8").strip() if args.system_prompt else TOY_SYSTEM if "words" in notes else SYSTEM
     ask = data.Endpoint(args.endpoint, args.model, Path(args.out) / "reasoner.jsonl") if args.endpoint else None
-    return functools.partial(reason, endpoint_writes if ask else functools.partial(encoder_writes, encoder), system=system, seed=args.seed, faithful=keeps if "words" in notes else None)
-
+    return functools.partial(reason, endpoint_writes if ask else functools.partial(encoder_writes, encoder), system=system,
+                             seed=args.seed, faithful=keeps if "words" in notes else None)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation on the toy world: held-out prompts, the checker, and the Fréchet distance.
 
 EVAL_SEED = 20_260_523                     # training draws its scenes from (seed, epoch, index) with other seeds
 
-
 def sampled(seed, epoch, index, height, width, task=None, style="dense"):
     """data.sample with the words of a style: dense (a caption), brief or vague (a request)."""
     say = data.caption if style == "dense" else functools.partial(request, vague=style == "vague")
     return data.sample(seed, epoch, index, height, width, task, style, say)
 
-
 def held_out(task, count, height, width, style="dense"):
     """[(scene, facts, prompt)] of one task that no training run draws."""
     drawn = (sampled(EVAL_SEED, data.TASKS.index(task), i, height, width, task, style) for i in range(count))
     return [(scene, data.facts(scene, details), prompt) for scene, details, prompt in drawn]
-
 
 @torch.no_grad()
 def round_trip(vae, device, scenes=500, noise=0.0):
@@ -626,7 +619,6 @@ def round_trip(vae, device, scenes=500, noise=0.0):
         passed += all(check(image, data.facts(scene, details | {"color"})))
     return passed / scenes
 
-
 @torch.no_grad()
 def evaluate(pipeline, height, width, steps, guidance, per_task=50, seed=0, style="dense", rewrite=None, progress=True):
     """-> (scores, pictures, prompts). scores: the six tasks' shares of prompts all of whose facts hold, `overall` (their mean),
@@ -641,7 +633,6 @@ def evaluate(pipeline, height, width, steps, guidance, per_task=50, seed=0, styl
     fidelity = autoencoder.frechet_distance(*(autoencoder.fidelity_features(pipeline[1], from_pil(images)) for images in (pictures, drawn)))
     return {"overall": round(sum(tasks.values()) / len(tasks), 4), **tasks, "fidelity": round(fidelity, 3)}, pictures, prompts
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line.
 
@@ -654,15 +645,14 @@ def read_prompts(path):
     lens.require(prompts and all(isinstance(p, str) and p.strip() for p in prompts), f"{path}: no prompts, or an empty one, in the file")
     return prompts, rows
 
-
 def complain(message):
     """argparse's own errors (an unknown flag, a number that is none) as everybody else's: one line, exit code 2."""
     raise LensError(message)
 
-
 def arguments(argv):
     parser = argparse.ArgumentParser(description="Make pictures from prompts, or score a model on the six tasks of the toy world.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=__doc__[__doc__.index("    python"):__doc__.index("The sampler is")])
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog=__doc__[__doc__.index("    python"):__doc__.index("The sampler is")])
     parser.error = complain
     what = parser.add_argument_group("what to make")
     what.add_argument("--prompt", action="append", help="what the picture shows; may be given more than once")
@@ -686,30 +676,37 @@ def arguments(argv):
     model.add_argument("--lora-strength", type=float, default=1.0)
     model.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")
     model.add_argument("--dtype", choices=("fp32", "bf16"), help="default: the faster one, measured on a CPU")
-    model.add_argument("--date", default=lens.DATE, help=f"written into the chat around the prompt; frozen at {lens.DATE} so that a seed keeps its picture")
+    model.add_argument("--date", default=lens.DATE,
+                       help=f"written into the chat around the prompt; frozen at {lens.DATE} so that a seed keeps its picture")
     model.add_argument("--compile", action="store_true", help="faster after a minute or more: for many pictures (on a CPU needs a C++ compiler)")
     words = parser.add_argument_group("the reasoner")
-    words.add_argument("--reason", action="store_true", help="rewrite each prompt into a dense one first, as the pictures' captions in training were")
-    words.add_argument("--system-prompt", metavar="FILE", help="what the reasoner is told (default: the project's own; rl.py --search finds others)")
-    words.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible, up to and with /v1 (default: the text encoder writes); its key is read from LENS_API_KEY")
+    words.add_argument("--reason", action="store_true",
+                       help="rewrite each prompt into a dense one first, as the pictures' captions in training were")
+    words.add_argument("--system-prompt", metavar="FILE",
+                       help="what the reasoner is told (default: the project's own; rl.py --search finds others)")
+    words.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible, up to and with /v1 (default: the text encoder writes); "
+                                                         "its key is read from LENS_API_KEY")
     words.add_argument("--model", default="default", help="the endpoint's model")
     out = parser.add_argument_group("out")
     out.add_argument("--out", default="out", help="folder for the pictures")
     out.add_argument("--cache", default=str(Path.home() / ".cache" / "lens"), help="folder for prompt features, '' for none")
     score = parser.add_argument_group("score")
     score.add_argument("--eval", action="store_true", help="the six-task table on held-out scenes; the last line is JSON")
-    score.add_argument("--bench", action="store_true", help="our path beside a naive one, a JSON line a case; --size, --steps, --dtype and --compile narrow it")
+    score.add_argument("--bench", action="store_true",
+                       help="our path beside a naive one, a JSON line a case; --size, --steps, --dtype and --compile narrow it")
     score.add_argument("--per-task", type=int, default=50, help="prompts a task")
     score.add_argument("--requests", choices=("dense", "brief", "vague"), default="dense", help="how the held-out scenes are asked for")
     args = parser.parse_args(argv)
-    lens.require(min(args.steps or 1, args.num) > 0 and args.steps != 0 and args.per_task > 1, "--steps and --num must be at least 1, --per-task at least 2")
+    lens.require(min(args.steps or 1, args.num) > 0 and args.steps != 0 and args.per_task > 1,
+                 "--steps and --num must be at least 1, --per-task at least 2")
     lens.require(0 < args.strength <= 1, f"--strength {args.strength}: must be above 0 and at most 1")
     lens.require(args.size in (None, *lens.SIZES), f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
-    lens.require(args.eval or args.bench or args.prompt or args.prompts_file, "nothing to do: give --prompt, --prompts-file or --eval (--help explains)")
+    lens.require(args.eval or args.bench or args.prompt or args.prompts_file,
+                 "nothing to do: give --prompt, --prompts-file or --eval (--help explains)")
     lens.require(all(p.strip() for p in args.prompt or []), "--prompt is empty: say what the picture should show")
-    lens.require(args.reason or not (args.system_prompt or args.endpoint), "--system-prompt and --endpoint tell the reasoner what to do: add --reason")
+    lens.require(args.reason or not (args.system_prompt or args.endpoint),
+                 "--system-prompt and --endpoint tell the reasoner what to do: add --reason")
     return args
-
 
 def main(argv=None):
     args = arguments(argv)
@@ -719,7 +716,8 @@ def main(argv=None):
     folder = lens.fetch(args.weights, ("transformer", "vae", "text_encoder"))
     files, config = lens.locate(folder, "transformer")
     notes = lens.read_metadata(folder)
-    lens.require(not (args.size and config) or lens.LensConfig.from_dict(config) == lens.SIZES[args.size].transformer, f"--size {args.size}: the weights in {args.weights} are of another size")
+    lens.require(not (args.size and config) or lens.LensConfig.from_dict(config) == lens.SIZES[args.size].transformer,
+                 f"--size {args.size}: the weights in {args.weights} are of another size")
     args.steps, args.guidance = settings(notes, args.steps, args.guidance)
     height, width = pick_size(args.height, args.width, args.aspect, args.base or int(notes.get("base", BASE)))
     dtype, why = pick_dtype(device, args.dtype, (config or {}).get("inner_dim", 1536))
@@ -745,7 +743,8 @@ def main(argv=None):
         scores, pictures, _ = evaluate(pipeline, height, width, args.steps, args.guidance, args.per_task, args.seed, args.requests,
                                        reasoner(args, notes, pipeline[2]) if args.reason else None)
         contact_sheet(pictures[::max(1, args.per_task // 8)], 12).save(out / "eval.png")
-        print(f"\n{'task':14} score   ({args.per_task} held-out {args.requests} prompts a task{', rewritten' * args.reason}, {time.perf_counter() - begin:.0f} s, pictures in {out}/eval.png)")
+        print(f"\n{'task':14} score   ({args.per_task} held-out {args.requests} prompts a task{', rewritten' * args.reason}, "
+              f"{time.perf_counter() - begin:.0f} s, pictures in {out}/eval.png)")
         print("".join(f"{name:14} {value:.3f}\n" for name, value in scores.items()) + json.dumps(scores))
         return
 
@@ -756,19 +755,21 @@ def main(argv=None):
         print("".join(f"{request!r} -> {prompt!r}\n" for request, prompt in zip(requests, prompts)), end="")
     strange, known = strange_words(prompts, notes)
     if strange:
-        print(f"note: this model never saw the word{'s' * (len(strange) > 1)} {', '.join(strange)}. It knows: {', '.join(sorted(known))}", file=sys.stderr)
+        print(f"note: this model never saw the word{'s' * (len(strange) > 1)} {', '.join(strange)}. "
+              f"It knows: {', '.join(sorted(known))}", file=sys.stderr)
     features = cached_features(folder, prompts + [args.negative], device, dtype, args.date, args.cache, encoder)
     rewrite = encoder = None                                                       # nothing may hold the encoder when the denoiser comes
     pipeline = (*load(), None)
     jobs = [(p, k, args.seed + p * args.num + k) for p in range(len(prompts)) for k in range(args.num)]
-    pictures = generate([prompts[p] for p, _, _ in jobs], pipeline, seeds=[seed for *_, seed in jobs], height=height, width=width, steps=args.steps,
-                        guidance=args.guidance, features=[features[p] for p, _, _ in jobs] + features[-1:],
+    pictures = generate([prompts[p] for p, _, _ in jobs], pipeline, seeds=[seed for *_, seed in jobs], height=height, width=width,
+                        steps=args.steps, guidance=args.guidance, features=[features[p] for p, _, _ in jobs] + features[-1:],
                         images=[start] * len(jobs) if start else None, strength=args.strength, progress=True)
     weights_id = identity(folder)
     for (p, k, seed), picture in zip(jobs, pictures):
         chunks = dict(prompt=prompts[p], negative=args.negative, seed=seed, steps=args.steps, guidance=args.guidance, size=f"{width}x{height}",
                       weights=weights_id, lora=f"{args.lora} x {args.lora_strength}" if args.lora else "", date=args.date, software="Lens")
-        chunks.update(request=requests[p], system_prompt=system, reasoner=args.model if args.endpoint else "the text encoder") if args.reason else None
+        chunks.update(request=requests[p], system_prompt=system,
+                      reasoner=args.model if args.endpoint else "the text encoder") if args.reason else None
         if rows is not None:                                                       # GenEval: 00000/metadata.jsonl, 00000/samples/0000.png
             path = out / f"{p:05d}" / "samples" / f"{k:04d}.png"
             lens.replace_file(out / f"{p:05d}" / "metadata.jsonl", lambda new: new.write_text(json.dumps(rows[p]) + "\n"))
@@ -782,7 +783,6 @@ def main(argv=None):
         save_png(contact_sheet(pictures), out / "sheet.png", dict(prompts="\n".join(prompts), seed=args.seed, weights=weights_id))
         print(f"{len(jobs)} pictures in {out}, all of them in {out}/sheet.png")
 
-
 def run(command):
     """Runs a script's main: a user's mistake becomes one line on stderr and exit code 2, never a stack trace."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
@@ -793,7 +793,6 @@ def run(command):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
 
 if __name__ == "__main__":
     run(main)

@@ -46,7 +46,6 @@ def generator(*key):
     batch size, rank count, or where a run was resumed."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence([abs(int(k)) for k in key]).generate_state(1, np.uint64)[0] >> 1))
 
-
 class Log:
     """metrics.jsonl in DIR: one line a step. On resume, lines after the checkpoint's step are dropped, so none stands twice."""
 
@@ -59,13 +58,11 @@ class Log:
     def __call__(self, **row):
         self.file.write(json.dumps(row) + "\n")
 
-
 def save_state(path, step, notes, **groups):
     """One safetensors file with everything a resume needs, written beside and renamed: there is no moment at which the
     folder holds half a checkpoint. groups: name -> {tensor name: tensor}; notes: what JSON can hold."""
     tensors = {f"{group}/{name}": t for group, named in groups.items() for name, t in named.items()}
     lens.write_safetensors(path, tensors, {"step": step, "notes": json.dumps(notes)})
-
 
 def load_state(path):
     """-> (step, notes, {group: {name: tensor}}), or None where there is no such file yet."""
@@ -78,11 +75,9 @@ def load_state(path):
             groups.setdefault(group, {})[name] = f.get_tensor(key)
     return int(meta["step"]), json.loads(meta["notes"]), groups
 
-
 def optimizer_tensors(optimizers, named):
     """Moments and step counts under the parameters' names: all that an optimiser carries from step to step."""
     return {f"{name}:{k}": v for o in optimizers for name, p in named.items() if p in o.state for k, v in o.state[p].items() if torch.is_tensor(v)}
-
 
 def make_moments(optimizers):
     """Lets optimisers make their moments, by a step of length zero: a resume then fills them."""
@@ -94,13 +89,11 @@ def make_moments(optimizers):
         optimizer.step()
         optimizer.zero_grad()
 
-
 def on_notice():
     """A list that stays empty until SIGTERM comes, a cluster's notice before it kills: the loop looks, saves, and ends well."""
     notice = []
     signal.signal(signal.SIGTERM, lambda *_: notice.append(True))
     return notice
-
 
 def join(device):
     """-> (rank, ranks, device): this process among those of torchrun, each on a GPU of its own; without torchrun (0, 1, device)."""
@@ -113,11 +106,9 @@ def join(device):
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=2))
     return dist.get_rank(), dist.get_world_size(), device
 
-
 def schedule(step, steps, warmup, decay=0.5):
     """Learning-rate factor: a short rise (Adam's moments are empty at first), flat, then linear to zero over the last `decay`."""
     return min(1.0, (step + 1) / warmup, (steps - step) / max(1, decay * steps))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stage "text": a tokenizer and a tiny GPT-OSS, trained as a language model. Its hidden states are the denoiser's text.
@@ -128,11 +119,11 @@ CHAT_TEMPLATE = """{%- set date = current_date or "DATE" -%}
 HEAD
 {%- for message in messages -%}
 {%- if message.role in ("system", "developer") -%}<|start|>developer<|message|># Instructions\n\n{{ message.content }}\n\n<|end|>
-{%- elif message.role == "assistant" -%}{%- if message.thinking -%}<|start|>assistant<|channel|>analysis<|message|>{{ message.thinking }}<|end|>{%- endif -%}<|start|>assistant<|channel|>final<|message|>{{ message.content }}{%- if message.content -%}<|return|>{%- endif -%}
+{%- elif message.role == "assistant" -%}{%- if message.thinking -%}<|start|>assistant<|channel|>analysis<|message|>{{ message.thinking }}\
+<|end|>{%- endif -%}<|start|>assistant<|channel|>final<|message|>{{ message.content }}{%- if message.content -%}<|return|>{%- endif -%}
 {%- else -%}<|start|>user<|message|>{{ message.content }}<|end|>{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}"""
-
 
 def toy_tokenizer(seed=0, scenes=4000):
     """Byte-level BPE learned on the toy world's sentences: a common word is one token, any other text a few bytes.
@@ -141,7 +132,8 @@ def toy_tokenizer(seed=0, scenes=4000):
     make every prompt twice as long."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-    texts = [s for pair in sample.GUIDELINES.values() for s in pair] * 40 + [sample.REWRITE, "# Instructions", "system developer user assistant analysis final"] * 40
+    texts = [s for pair in sample.GUIDELINES.values() for s in pair] * 40 + [
+        sample.REWRITE, "# Instructions", "system developer user assistant analysis final"] * 40
     for i in range(scenes):
         texts += [sample.sampled(seed, 0, i, 96, 96, style=style)[2] for style in ("dense", "brief", "vague")]
     tokenizer = Tokenizer(models.BPE())
@@ -153,11 +145,11 @@ def toy_tokenizer(seed=0, scenes=4000):
     fixed = [head.split("<|message|>")[1].split("{date}")[0], head.split("{date}")[1].split("<|end|>")[0], lens.DESCRIBE,
              tail.split("<|message|>")[1].split("<|end|>")[0]]
     tokenizer.add_tokens([AddedToken(sentence, normalized=False) for sentence in fixed])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[5], additional_special_tokens=list(SPECIAL[1:5]))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[5],
+                                      additional_special_tokens=list(SPECIAL[1:5]))
     before_developer = head.split("<|start|>developer")[0]
     wrapped.chat_template = CHAT_TEMPLATE.replace("DATE", lens.DATE).replace("HEAD", before_developer.replace("{date}", "{{ date }}"))
     return wrapped
-
 
 class Sentences(torch.utils.data.Dataset):
     """A quarter captions as the denoiser will meet them, the rest rewritings: copying a request's words is slower to learn than
@@ -188,7 +180,6 @@ class Sentences(torch.utils.data.Dataset):
         labels = torch.tensor([[-100] * s + r[s:] + [-100] * (length - len(r)) for r, s in zip(rows, starts)])
         return ids, labels, torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows])
 
-
 def train_text(args):
     """Next-token prediction on captions and rewritings; writes DIR/text_encoder and DIR/tokenizer. About 1M parameters."""
     out, steps, batch, step, tokenizer = Path(args.out), args.steps or 3200, 48, 0, toy_tokenizer()
@@ -204,7 +195,8 @@ def train_text(args):
             t.copy_(groups["optimizer"][name])
         print(f"resuming at step {step}")
     log = Log(out / "text", step)
-    bar = tqdm(torch.utils.data.DataLoader(Sentences(tokenizer, args.seed, batch), batch_size=None, sampler=range(step, steps), num_workers=1), initial=step, total=steps, desc="text encoder", mininterval=2)
+    bar = tqdm(torch.utils.data.DataLoader(Sentences(tokenizer, args.seed, batch), batch_size=None, sampler=range(step, steps),
+                                           num_workers=1), initial=step, total=steps, desc="text encoder", mininterval=2)
     for ids, labels, mask in bar:
         optimizer.param_groups[0]["lr"] = 2e-3 * schedule(step, steps, 100, 0.6)
         logits = model(input_ids=ids.to(args.device), attention_mask=mask.to(args.device)).logits            # [B, L, vocabulary]
@@ -221,7 +213,6 @@ def train_text(args):
             save_state(out / "text" / "state.safetensors", step, {}, model=model.state_dict(), optimizer=optimizer_tensors([optimizer], named))
     lens.save_pipeline(out, text_encoder=lens.TextEncoder(model, tokenizer, lens.SIZES[args.size].transformer.selected_layer_index))
     print(f"wrote {out}/text_encoder and {out}/tokenizer")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages 1 and 2: the denoiser.
@@ -240,7 +231,6 @@ class Stage:
     def sizes(self, area):                                 # one area: squares; more: its nine ratios [paper]
         return [(area, area)] if len(self.areas) == 1 else data.buckets(area)
 
-
 # Where the toy's times sit [ours]: a quarter above 0.9, a fifth below 0.5. What a picture shows is decided near t = 1, where only
 # the text says it, and the paper's mean and spread, 1.0 and 1.0, put a ninth of a run there: after 83,000 pictures the loss at
 # t = 0.97 was 0.89 with mean 1.0, 0.81 with 2.0 (0.93 without text). But 1.75 and 1.25 left 8% below 0.5, where shapes get corners.
@@ -251,23 +241,22 @@ STAGES = {"nano": {1: Stage((64,), (16,), 30, 1e-3, (64,), 3e-3, TIMES), 2: Stag
           "full": {1: Stage((512,), (24,), 400_000, 2e-4, decay=False, betas=(0.9, 0.999)),        # [paper]
                    2: Stage((512, 768, 1024), (24, 10, 6), 400_000, 1e-4, decay=False, betas=(0.9, 0.999))}}
 CAPTIONS = 2              # kept per scene, each stating other details
-# How often training draws each of data.SHAPES [ours]. With all alike, three quarters of the wrong pictures of a model at 0.80 were wrong
-# in a star alone: five thin arms over few tokens, decided between t = 0.8 and 0.5 (of stars noised to 0.8, 0.62 came back; of squares, all).
+# How often training draws each of data.SHAPES [ours]. With all alike, three quarters of the wrong pictures of a model at 0.80 were wrong in
+# a star alone: five thin arms over few tokens, decided between t = 0.8 and 0.5 (of stars noised to 0.8, 0.62 came back; of squares, all).
 ODDS = (0.11, 0.12, 0.12, 0.37, 0.17, 0.11)
 BRIEF = 0.25              # [ours] share of the captions of "position" scenes that state the relation and nothing else
 DROPOUT = 0.1             # [ours] share of samples trained without text: the unconditional branch that guidance needs
-SPIKE, PATIENCE = 4.0, 10      # [ours] a step whose loss is not finite or over SPIKE times the usual is left out; so many in a row end the run
-# Where the weights are at home: the toy's [ours] (guidance 1, 2, 3 and 5 scored 0.75, 0.83, 0.80 and 0.82, and 3 was best on twice as many prompts), and [checkpoint].
+SPIKE, PATIENCE = 4.0, 10  # [ours] a step whose loss is not finite or over SPIKE times the usual is left out; so many in a row end the run
+# Where the weights are at home: the toy's [ours] (guidance 1, 2, 3 and 5 scored 0.75, 0.83, 0.80 and 0.82, and 3 was best
+# on twice as many prompts), and [checkpoint].
 HOME = {"nano": (sample.TOY_BASE, 3.0), "toy": (sample.TOY_BASE, 3.0)}
 CLIP, EMA = 1.0, 0.998    # [paper] gradient norm; [ours] decay of the weights' average, which is what is sampled and saved
-
 
 def captions_of(scene, rng):
     """CAPTIONS sentences for a scene, each stating other details. Dense, but for some of the scenes made for a relation: a dense
     caption states the places too, and from these alone "to the left of" was never learnt, since the places already say it."""
     style = lambda: "brief" if scene.task == "position" and rng.random() < BRIEF else "dense"
     return [data.caption(scene, data.details_for(scene, rng, style()), rng) for _ in range(CAPTIONS)]
-
 
 class Encoding(torch.utils.data.Dataset):
     """Chunks of scenes of one size, drawn, captioned and encoded: (size, tokens [n, h*w, C], text [sum of lengths, K * E], lengths, words)."""
@@ -289,7 +278,6 @@ class Encoding(torch.utils.data.Dataset):
         words = {w for c in captions for w in c.replace(",", " ").replace(".", " ").split()}
         return (height, width), self.vae.to_tokens(mean).bfloat16().cpu(), torch.cat(text), torch.tensor([len(t) for t in text]), words
 
-
 class World:
     """The toy world as the denoiser meets it: every scene drawn, captioned CAPTIONS times and encoded once. Scenes are numbered
     through, size after size: `buckets[i]` is scene i's size, `first[bucket]` the size's first scene.
@@ -300,7 +288,8 @@ class World:
 
     def __init__(self, stage, seed, vae, encoder, path, device):
         self.stage, self.layers, self.digest, self.waited = stage, len(encoder.layers), None, 0.0
-        key = {"seed": seed, "scenes": stage.scenes, "captions": CAPTIONS, "brief": BRIEF, "odds": ODDS, "vae": vae.bn.running_mean.double().sum().item()}
+        key = {"seed": seed, "scenes": stage.scenes, "captions": CAPTIONS, "brief": BRIEF, "odds": ODDS,
+               "vae": vae.bn.running_mean.double().sum().item()}
         saved = load_state(path)
         if saved and json.loads(json.dumps(key)) == saved[1]["key"]:
             _, notes, groups = saved
@@ -320,8 +309,10 @@ class World:
         chunks = []
         for area, count in self.stage.scenes.items():
             sizes = self.stage.sizes(area)                                         # in turn
-            chunks += [(area, sizes[k], range(count)[k::len(sizes)][j:j + 64]) for k in range(len(sizes)) for j in range(0, len(range(count)[k::len(sizes)]), 64)]
-        loader = torch.utils.data.DataLoader(Encoding(chunks, seed, vae, encoder), batch_size=None, sampler=range(len(chunks)), num_workers=os.cpu_count() if device == "cpu" else 0)
+            chunks += [(area, sizes[k], range(count)[k::len(sizes)][j:j + 64])
+                       for k in range(len(sizes)) for j in range(0, len(range(count)[k::len(sizes)]), 64)]
+        loader = torch.utils.data.DataLoader(Encoding(chunks, seed, vae, encoder), batch_size=None, sampler=range(len(chunks)),
+                                             num_workers=os.cpu_count() if device == "cpu" else 0)
         groups, words = {"tokens": {}, "text": {}, "lengths": {}}, set()
         bar = tqdm(total=sum(self.stage.scenes.values()), desc="drawing and encoding scenes", unit="scene", mininterval=2)
         for (height, width), tokens, text, lengths, seen in loader:
@@ -347,7 +338,6 @@ class World:
             mask = torch.arange(longest)[None] < torch.tensor([len(p) for p in pieces])[:, None]
             yield self.tokens[size][torch.from_numpy(j)].float(), list(text.chunk(self.layers, -1)), mask, []
 
-
 class Pictures:
     """Tar shards as the denoiser meets them: decoded by workers while the last batch trains, encoded here by the frozen models."""
 
@@ -363,7 +353,8 @@ class Pictures:
 
     @torch.no_grad()
     def stream(self, batches):
-        loader = iter(torch.utils.data.DataLoader(self.shards, batch_size=None, sampler=batches, num_workers=self.workers, pin_memory=self.device != "cpu"))
+        loader = iter(torch.utils.data.DataLoader(self.shards, batch_size=None, sampler=batches, num_workers=self.workers,
+                                                  pin_memory=self.device != "cpu"))
         for bucket, samples, _ in batches:
             begin = time.perf_counter()
             try:
@@ -378,21 +369,18 @@ class Pictures:
             text, mask = self.encoder.encode(captions)                             # no mask: all of one length
             yield tokens.float(), [layer.float() for layer in text], torch.ones(text[0].shape[:2]).bool() if mask is None else mask, faults
 
-
 def noise_and_time(seed, epoch, samples, shape, times):
     """One generator a sample, from (seed, epoch, sample): noise [B, N, C], t [B] logit-normal, dropped [B] bool.
     times: mean and standard deviation of logit(t)."""
-    rows = [(torch.randn(shape, generator=g), torch.sigmoid(times[0] + times[1] * torch.randn((), generator=g)), torch.rand((), generator=g) < DROPOUT)
-            for g in (generator(seed, epoch, i) for i in samples)]                 # logit-normal [paper]
+    rows = [(torch.randn(shape, generator=g), torch.sigmoid(times[0] + times[1] * torch.randn((), generator=g)),  # logit-normal [paper]
+             torch.rand((), generator=g) < DROPOUT) for g in (generator(seed, epoch, i) for i in samples)]
     return tuple(map(torch.stack, zip(*rows)))
-
 
 def flow_matching_loss(model, tokens, text, mask, grid, noise, t):
     """|v_model(x_t, t, text) - (noise - tokens)|^2, per sample [B] in fp32. Rectified flow [paper]."""
     x_t = lens.add_noise(tokens, noise, t)                                         # [B, N, C]
     v = model(x_t, t, text, mask, grid).float()                                    # [B, N, C]
     return (v - lens.velocity(tokens, noise)).square().mean((1, 2))
-
 
 def same_everywhere(value):
     """Rank 0's value on every rank: two ranks that measure may come to two answers."""
@@ -401,18 +389,17 @@ def same_everywhere(value):
         dist.broadcast_object_list(box)
     return box[0]
 
-
 def make_optimizers(model, stage):
     """AdamW for everything [paper]; where the stage says so, Muon for the blocks' matrices [ours]: it makes each step's change
     of a matrix orthogonal, so that rare directions (a shape's corners) move as fast as common ones (the background). After
     150 seconds on two cores the held-out loss of the toy was 0.515 with it and 0.565 without, a step costing 13% more.
     Weight decay off: with norms on q, k and every input it acts on little but the scale of a short run."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    matrices = {name: p for name, p in named.items() if stage.muon_lr and p.ndim == 2 and "transformer_blocks" in name and "_mod." not in name and "lora_" not in name}
+    matrices = {name: p for name, p in named.items()
+                if stage.muon_lr and p.ndim == 2 and "transformer_blocks" in name and "_mod." not in name and "lora_" not in name}
     adamw = torch.optim.AdamW([p for name, p in named.items() if name not in matrices], lr=stage.lr, betas=stage.betas, weight_decay=0.0, fused=True)
     # match_rms_adamw: its steps are scaled to be as long as AdamW's would be, so the two rates are of one kind
     return [adamw] + ([torch.optim.Muon(matrices.values(), lr=stage.muon_lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")] if matrices else [])
-
 
 def set_recompute(model, how):
     """What the blocks keep for the backward pass. none: all; full: their inputs, each block is run again; selective: what matrix
@@ -424,7 +411,6 @@ def set_recompute(model, how):
         plain = block.forward
         block.forward = lambda *args, plain=plain: (checkpoint(plain, *args, use_reentrant=False, **extra) if torch.is_grad_enabled() else plain(*args))
 
-
 @functools.cache
 def flops(model, tokens, length):
     """FLOPs of one training step for one picture, forward and backward: 6 for each weight and token that meets it, 12 W N^2 for
@@ -434,7 +420,6 @@ def flops(model, tokens, length):
     weights = sum(p.numel() * meets(name) for name, p in model.named_parameters() if p.ndim == 2 and name not in dead)
     return 6 * weights + 12 * model.config.num_layers * model.config.inner_dim * (tokens + length) ** 2
 
-
 def matmul_peak(device, dtype):
     """FLOP/s of a large matrix product here: what 100% of the machine means in this project."""
     n = 8192 if device != "cpu" else 1024
@@ -442,16 +427,14 @@ def matmul_peak(device, dtype):
     clock = [((a @ a)[0, 0].item(), time.perf_counter())[1] for _ in range(6)]     # .item() waits for the product
     return 2 * n**3 / min(after - before for before, after in zip(clock, clock[1:]))
 
-
 local = lambda t: t.to_local() if hasattr(t, "to_local") else t                    # this rank's part of what FSDP has sharded
 whole = lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t              # all of it; every rank must ask
-
 
 def train_step(args, source, model, parallel, rows, total, stream, stage, state):
     """Gradients of one optimiser step, from this rank's device batches `rows` [(batch, weight)] of its `total` pictures, and
     its losses over all ranks: (loss, mean loss by quarter of t [4], stop, this rank's FLOPs). A weight of 0: there was no batch
     left for this rank, it runs along for its peers."""
-    work, sums = 0, torch.zeros(11, device=args.device)                            # losses, then by quarter of t: losses, counts; notices; faults
+    work, sums = 0, torch.zeros(11, device=args.device)                      # losses, then by quarter of t: losses, counts; notices; faults
     move = lambda x: x.to(args.device, non_blocking=True)
     for k, ((bucket, samples, epoch), weight) in enumerate(rows):
         height, width = source.sizes[bucket]
@@ -466,7 +449,7 @@ def train_step(args, source, model, parallel, rows, total, stream, stage, state)
             parallel.require_backward_grad_sync = last
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=state["bf16"]):
             losses = flow_matching_loss(parallel, tokens, text, mask, (height // 16, width // 16), noise, t)
-        (losses.sum() * (weight * args.ranks / total)).backward()                  # DDP and FSDP average over ranks: the mean of the whole step
+        (losses.sum() * (weight * args.ranks / total)).backward()              # DDP and FSDP average over ranks: the mean of the whole step
         work += weight * len(samples) * flops(model, tokens.shape[1], text[0].shape[1])
         quarter = (4 * t).long().clamp(max=3)
         sums[0] += weight * losses.detach().sum()
@@ -479,29 +462,34 @@ def train_step(args, source, model, parallel, rows, total, stream, stage, state)
         dist.all_reduce(sums)
     sums = sums.tolist()                                                           # the step's only wait for the device
     state["replaced"] += round(sums[10])
-    return sums[0] / total, [s / n if n else None for s, n in zip(sums[1:5], sums[5:9])], sums[9] > 0, work        # a notice to one rank stops all at one step
-
+    # a notice to one rank stops all at one step
+    return sums[0] / total, [s / n if n else None for s, n in zip(sums[1:5], sums[5:9])], sums[9] > 0, work
 
 def train_stage(number, args, source, model, parallel, ema, optimizers, state, log):
     """One stage from state["step"] (counted in the stage) to its last step. A step takes `group` device batches of the plan,
     whoever computes them: with equal group, the number of ranks changes neither what is learnt nor its noise."""
     stage, named, group = args.table[number], dict(model.named_parameters()), args.ranks * args.accumulate
     steps, home, peak = args.steps or stage.steps, data.bucket(args.base), matmul_peak(args.device, torch.bfloat16 if state["bf16"] else torch.float32)
-    trained, averaged = [local(p) for p in named.values() if p.requires_grad], [local(q) for q, p in zip(ema.parameters(), named.values()) if p.requires_grad]
+    trained, averaged = ([local(p) for p in named.values() if p.requires_grad],
+                         [local(q) for q, p in zip(ema.parameters(), named.values()) if p.requires_grad])
     areas = np.array([min(stage.batch, key=lambda a: abs(math.log(h * w / a**2))) for h, w in source.sizes])
     batch, pixels = {b: stage.batch[a] for b, a in enumerate(areas)}, [h * w for h, w in source.sizes]
     plan = lambda epoch: data.plan(source.buckets, source.lengths(epoch), batch, args.seed, epoch)
     sizes = [(len(samples), batch[b]) for b, samples, _ in plan(0)]                # the same in every epoch, but for their order
     epoch_length = -(-len(sizes) // group)
-    lens.require(state.setdefault("data", source.digest) == source.digest, f"--data: these shards are not those that the run in {args.out} began with; give another --out, or the same shards")
-    args.say(f"an epoch is {epoch_length} steps of {group} device batches; {sum(count < full for count, full in sizes)} batches are smaller: what was left over in their buckets")
+    lens.require(state.setdefault("data", source.digest) == source.digest, f"--data: these shards are not those that the run "
+                 f"in {args.out} began with; give another --out, or the same shards")
+    args.say(f"an epoch is {epoch_length} steps of {group} device batches; {sum(count < full for count, full in sizes)} batches "
+             "are smaller: what was left over in their buckets")
     bar = tqdm(total=steps, initial=state["step"], desc=f"stage {number}", unit="step", mininterval=2, disable=args.rank > 0)
     while state["step"] < steps:
         epoch, done = divmod(state["step"], epoch_length)
         found = plan(1000 * number + epoch)                                        # no two stages draw the same noise for a sample
         # A step's batches in order of cost, dealt in turn: what the ranks compute at one moment takes them equally long.
-        found = [sorted(found[k:k + group], key=lambda b: -pixels[b[0]] * len(b[1])) for k in range(0, len(found), group)][done:done + steps - state["step"]]
-        deal = lambda step: [(step[k], 1) if k < len(step) else (step[0], 0) for k in range(args.rank, -(-len(step) // args.ranks) * args.ranks, args.ranks)]
+        found = [sorted(found[k:k + group], key=lambda b: -pixels[b[0]] * len(b[1]))
+                 for k in range(0, len(found), group)][done:done + steps - state["step"]]
+        deal = lambda step: [(step[k], 1) if k < len(step) else (step[0], 0)
+                             for k in range(args.rank, -(-len(step) // args.ranks) * args.ranks, args.ranks)]
         stream = source.stream([b for step in found for b, _ in deal(step)])
         for step in found:
             begin, total = time.perf_counter(), sum(len(samples) for _, samples, _ in step)
@@ -519,23 +507,25 @@ def train_stage(number, args, source, model, parallel, ema, optimizers, state, l
             if good:
                 state["usual"] = loss + 0.98 * ((state["usual"] or loss) - loss)
             elif state["in_a_row"] == PATIENCE:
-                raise LensError(f"{PATIENCE} steps in a row had a loss that was not finite or over {SPIKE:g} times the usual, {loss:.3g} at the last (step {state['total']}): "
-                                f"none of them touched the weights; the last checkpoint in {args.out} is whole. Try a lower learning rate")
-            lens.require(state["replaced"] <= 100 + 0.01 * state["seen"], f"{state['replaced']} of {state['seen']} samples could not be read: more than one in a hundred; look at the shards (data.py stats)")
+                raise LensError(f"{PATIENCE} steps in a row had a loss that was not finite or over {SPIKE:g} times the usual, "
+                                f"{loss:.3g} at the last (step {state['total']}): none of them touched the weights; "
+                                f"the last checkpoint in {args.out} is whole. Try a lower learning rate")
+            lens.require(state["replaced"] <= 100 + 0.01 * state["seen"], f"{state['replaced']} of {state['seen']} samples "
+                         "could not be read: more than one in a hundred; look at the shards (data.py stats)")
             with torch.no_grad():                                                  # a young average forgets its random start quickly
                 torch._foreach_lerp_(averaged, trained, 1 - min(EMA, (1 + state["total"]) / (10 + state["total"])))
             seconds = time.perf_counter() - begin
             state["seconds"] += seconds
-            row = dict(step=state["total"], stage=number, loss=loss if good else None, grad_norm=norm if good else None, lr=stage.lr * factor,
-                       loss_by_t=[round(b, 4) if b and math.isfinite(b) else None for b in by_t], size="+".join(sorted({"{1}x{0}".format(*source.sizes[b]) for b, *_ in step})),
-                       skipped=state["skipped"], replaced=state["replaced"], pictures_per_s=round(total / seconds, 1), tflops=round(work / seconds / 1e12, 3),
+            row = dict(step=state["total"], stage=number, loss=loss if good else None, grad_norm=norm if good else None,
+                       lr=stage.lr * factor, loss_by_t=[round(b, 4) if b and math.isfinite(b) else None for b in by_t],
+                       size="+".join(sorted({"{1}x{0}".format(*source.sizes[b]) for b, *_ in step})), skipped=state["skipped"],
+                       replaced=state["replaced"], pictures_per_s=round(total / seconds, 1), tflops=round(work / seconds / 1e12, 3),
                        peak_share=round(work / seconds / peak, 3), wait_s=round(source.waited, 4), seconds=round(state["seconds"], 2),
                        memory_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2) if args.device != "cpu" else None)
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {total / seconds:.0f} pictures/s, {row['peak_share']:.0%} of peak", refresh=False)
             report(number, args, model, ema, optimizers, state, source, log, row, state["step"] == steps, stop, bar, home)
     bar.close()
-
 
 def report(number, args, model, ema, optimizers, state, source, log, row, last, stop, bar, home):
     """What happens beside a step: previews, evaluation, the log, checkpoints, and the end that SIGTERM asks for."""
@@ -558,7 +548,6 @@ def report(number, args, model, ema, optimizers, state, source, log, row, last, 
         args.say(f"SIGTERM: saved {args.out} at step {state['total']}; the same command goes on from there")
         sys.exit(0)
 
-
 def averaged_model(args, ema):
     """The average as a plain model that can sample: itself, or under FSDP gathered on rank 0's device (None on the others)."""
     if not args.fsdp:
@@ -568,13 +557,12 @@ def averaged_model(args, ema):
         model = lens.LensTransformer(ema.config)
     return model.load_state_dict(state, assign=True) and model.to(args.device) if state else None
 
-
 def resumable(model, ema, optimizers):
     """{name: tensor} of all that a resume needs: weights, their average, the optimisers' moments. Each rank names its own parts."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     averaged = {name: p for name, p in ema.named_parameters() if name in trained}
-    return {f"{group}.{name}": t.detach() for group, named in (("model", trained), ("ema", averaged), ("optimizer", optimizer_tensors(optimizers, trained))) for name, t in named.items()}
-
+    return {f"{group}.{name}": t.detach() for group, named in (
+        ("model", trained), ("ema", averaged), ("optimizer", optimizer_tensors(optimizers, trained))) for name, t in named.items()}
 
 @contextlib.contextmanager
 def checkpointing(what):
@@ -585,7 +573,6 @@ def checkpointing(what):
             yield
         except dcp.CheckpointException as e:
             raise OSError(*(str(failure) for failure, _ in list(e.failures.values())[:1])) from None
-
 
 def save(args, number, model, ema, optimizers, state, words):
     """The resume state, one folder written by all ranks (torch.distributed.checkpoint, safetensors inside), and the averaged weights
@@ -601,12 +588,12 @@ def save(args, number, model, ema, optimizers, state, words):
                 shutil.rmtree(old)
     averaged = averaged_model(args, ema)
     if args.rank == 0:
-        notes = dict(command=shlex.join(["python", "train.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["total"], trained_seconds=round(state["seconds"]),
-                     score=json.dumps(state.get("scores", {})), steps=sample.STEPS, guidance=args.guidance, base=args.base, words=json.dumps(words))
+        notes = dict(command=shlex.join(["python", "train.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["total"],
+                     trained_seconds=round(state["seconds"]), score=json.dumps(state.get("scores", {})), steps=sample.STEPS,
+                     guidance=args.guidance, base=args.base, words=json.dumps(words))
         if args.lora:
             return lens.save_lora(averaged, out, metadata=notes)
         lens.save_pipeline(out, transformer=averaged, metadata=notes, base=None if has_parts(out) else os.path.relpath(args.parts, out))
-
 
 def resume(args, model, ema, optimizers, state):
     """Loads the newest state of --out into what is here, whatever number of ranks saved it; -> its stage, or None."""
@@ -619,10 +606,9 @@ def resume(args, model, ema, optimizers, state):
     args.say(f"resuming {args.out} at step {state['total']} (stage {state['stage']}, step {state['step']})")
     return state.pop("stage")
 
-
-checkpoints = lambda out: sorted((p for p in Path(out).glob("state-*") if p.name[6:].isdigit()), key=lambda p: int(p.name[6:]))      # finished ones, oldest first
+checkpoints = lambda out: sorted((p for p in Path(out).glob("state-*") if p.name[6:].isdigit()),       # finished ones, oldest first
+                                 key=lambda p: int(p.name[6:]))
 has_parts = lambda folder: all((Path(folder) / part / "config.json").exists() for part in ("vae", "text_encoder"))
-
 
 def dry_run(args):
     """What each setting would cost, counted on the meta device: no weight is made. Memory is the sum of what must be there at once."""
@@ -635,9 +621,9 @@ def dry_run(args):
     print(f"{args.size}: {total:,} parameters, {learnt:,} of them learn; in GiB: " + ", ".join(f"{k} {v / gib:.2f}" for k, v in fixed.items()))
     print(f"{'pictures':>16} {'recompute':>10} {'activations GiB':>16} {'one GPU':>9} {'FSDP on 8':>10} {'TFLOP a step':>13}")
     for (area, count), how in itertools.product(stage.batch.items(), ("none", "selective", "full")):
-        kept, static, work = activations(model.config, how, count, (area // 16, area // 16), 128) / gib, sum(fixed.values()) / gib, flops(model, (area // 16) ** 2, 128)
+        kept, static, work = (activations(model.config, how, count, (area // 16, area // 16), 128) / gib, sum(fixed.values()) / gib,
+                              flops(model, (area // 16) ** 2, 128))
         print(f"{count:4} of {area:4} x {area:<4}{how:>10} {kept:16.2f} {kept + static:9.2f} {kept + static / 8:10.2f} {count * work / 1e12:13.2f}")
-
 
 def activations(config, how, count, grid, length):
     """Bytes that a device batch leaves in memory between its forward and its backward pass, bf16 copies of weights included: PyTorch's
@@ -651,7 +637,8 @@ def activations(config, how, count, grid, length):
             model = lens.LensTransformer(dataclasses.replace(config, num_layers=blocks)).train()
             set_recompute(model, how)
             tracker.track_external(model)
-            tokens, text = torch.empty(count, grid[0] * grid[1], config.in_channels), [torch.empty(count, length, config.enc_hidden_dim) for _ in config.selected_layer_index]
+            tokens, text = (torch.empty(count, grid[0] * grid[1], config.in_channels),
+                            [torch.empty(count, length, config.enc_hidden_dim) for _ in config.selected_layer_index])
             mask = torch.ones(count, length, dtype=torch.bool)
             before = tracker.get_tracker_snapshot()
             with torch.autocast("cpu", torch.bfloat16):
@@ -661,12 +648,12 @@ def activations(config, how, count, grid, length):
     lens.rope_table.cache_clear()
     return kept[0] + (config.num_layers - 2) * (kept[1] - kept[0])
 
-
 def bench(args):
     """A JSON line an area: seconds of a training step of one device batch, ours beside the naive one (text padded to sample.LIMIT, nothing
     compiled, no fused optimiser, attention of PyTorch's own choice) and a `tight` one (the same, not padded). Captions of the usual length."""
     stage, S, args.notice = args.table[args.stages[-1]], 40 if args.size in ("nano", "toy") else 128, []
-    (dtype, _), model = sample.pick_dtype(args.device, None, lens.SIZES[args.size].transformer.inner_dim), lens.build(args.size, args.seed).to(args.device).train()
+    (dtype, _), model = (sample.pick_dtype(args.device, None, lens.SIZES[args.size].transformer.inner_dim),
+                         lens.build(args.size, args.seed).to(args.device).train())
     [p.requires_grad_(False) for name, p in model.named_parameters() if name in set(model.unread())]
     optimizers, state, peak = make_optimizers(model, stage), {"bf16": dtype == torch.bfloat16, "replaced": 0}, matmul_peak(args.device, dtype)
     set_recompute(model, args.recompute)
@@ -677,7 +664,8 @@ def bench(args):
             text, mask = torch.ones(len(model.txt_norm), count, length, model.config.enc_hidden_dim), (torch.arange(length) < S).expand(count, -1)
             batch = torch.zeros(count, (area // 16) ** 2, model.config.in_channels), list(text), mask, []
             with torch.compiler.set_stance("default" if ours else "force_eager"):
-                return train_step(args, argparse.Namespace(sizes=[(area, area)]), model, model, [((0, range(count), 0), 1)], count, iter([batch]), stage, state)
+                return train_step(args, argparse.Namespace(sizes=[(area, area)]), model, model, [((0, range(count), 0), 1)], count,
+                                  iter([batch]), stage, state)
 
         def step(length=S, ours=True):
             gradients(length, ours)
@@ -685,18 +673,20 @@ def bench(args):
             for optimizer in optimizers:
                 [group.update(fused=ours, foreach=False) for group in optimizer.param_groups if "fused" in group]
                 optimizer.step(), optimizer.zero_grad()
-        parts = {"noise": lambda: noise_and_time(args.seed, 0, range(count), ((area // 16) ** 2, model.config.in_channels), (1.0, 1.0)), "gradients": gradients}
+        parts = {"noise": lambda: noise_and_time(args.seed, 0, range(count), ((area // 16) ** 2, model.config.in_channels), (1.0, 1.0)),
+                 "gradients": gradients}
         found = sample.race({"ours": step, "naive": lambda: step(sample.LIMIT, False), "tight": lambda: step(S, False), **parts}, 3, args.device)
         ours, work, (noise, grads) = found["ours"][1], found["gradients"][2][-1], (found[part][1] for part in parts)
-        sample.tell(found, work, peak, args.device, size=args.size, dtype=str(dtype)[6:], compiled=args.compile, recompute=args.recompute, pixels=f"{area}x{area}", batch=count,
-                    text_tokens=S, noise_s=noise, gradients_s=grads - noise, optimizer_s=ours - grads)
-
+        sample.tell(found, work, peak, args.device, size=args.size, dtype=str(dtype)[6:], compiled=args.compile, recompute=args.recompute,
+                    pixels=f"{area}x{area}", batch=count, text_tokens=S, noise_s=noise, gradients_s=grads - noise, optimizer_s=ours - grads)
 
 def train_denoiser(args):
     out, first = Path(args.out), args.table[args.stages[0]]
     config = lens.SIZES[args.size].transformer
-    _, args.vae, args.encoder = lens.load_pipeline(args.parts, args.device, None if args.size == "full" else torch.float32, parts=("vae", "text_encoder"))
-    lens.require(config.in_channels == 4 * args.vae.config["latent_channels"], f"--parts {args.parts}: its autoencoder is not the one that size {args.size} works with")
+    _, args.vae, args.encoder = lens.load_pipeline(args.parts, args.device, None if args.size == "full" else torch.float32,
+                                                   parts=("vae", "text_encoder"))
+    lens.require(config.in_channels == 4 * args.vae.config["latent_channels"],
+                 f"--parts {args.parts}: its autoencoder is not the one that size {args.size} works with")
     model = (lens.load_transformer(args.init, args.device, torch.float32) if args.init else lens.build(args.size, args.seed).to(args.device)).train()
     lens.require(model.config == config, f"--init {args.init}: its weights are not of size {args.size}")
     args.encoder.layers = config.selected_layer_index                        # a folder of parts alone does not say which
@@ -709,29 +699,28 @@ def train_denoiser(args):
     dtype, why = same_everywhere(sample.pick_dtype(args.device.split(":")[0], None, config.inner_dim))
     set_recompute(model, args.recompute)
     lens.quicken(model, fullgraph=False) if args.compile else None                # FSDP's hooks and recomputation break the graph
-    if args.fsdp:                                          # each rank keeps a share of every weight, its average and its moments; a block is gathered when it runs
+    if args.fsdp:                  # each rank keeps a share of every weight, its average and its moments; a block is gathered when it runs
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for part in (part for m in (model, ema) for part in (*m.transformer_blocks, m)):
             fully_shard(part, mp_policy=policy)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if args.ranks > 1 and not args.fsdp else model
     optimizers = make_optimizers(model, first)
     at = resume(args, model, ema, optimizers, state) or min(args.stages)
-    state["bf16"] = dtype == torch.bfloat16 if state["bf16"] is None else state["bf16"]               # a resumed run keeps to what it began with
+    state["bf16"] = dtype == torch.bfloat16 if state["bf16"] is None else state["bf16"]          # a resumed run keeps to what it began with
     log, args.notice = Log(out, state["total"]) if args.rank == 0 else None, on_notice()
-    args.say(f"{args.size}: {sum(p.numel() for p in model.parameters()):,} parameters on {args.ranks} x {args.device}; autoencoder and text encoder from {args.parts}\n"
-             f"precision: fp32 weights, {'bf16' if state['bf16'] else 'fp32'} compute: {why}")
+    args.say(f"{args.size}: {sum(p.numel() for p in model.parameters()):,} parameters on {args.ranks} x {args.device}; autoencoder and "
+             f"text encoder from {args.parts}\nprecision: fp32 weights, {'bf16' if state['bf16'] else 'fp32'} compute: {why}")
     for number in (n for n in args.stages if n >= at):
         if number > at:
             state["step"], at = 0, number
             state.pop("data", None)
         if state["step"] < (args.steps or args.table[number].steps):
-            dist.barrier() if args.rank > 0 else None      # rank 0 draws the world, or indexes the shards; the others then read what it wrote
+            dist.barrier() if args.rank > 0 else None    # rank 0 draws the world, or indexes the shards; the others then read what it wrote
             source = (Pictures(args, args.table[number]) if args.data else
                       World(args.table[number], args.seed, args.vae, args.encoder, out / f"world-{number}.safetensors", args.device))
             dist.barrier() if args.rank == 0 and args.ranks > 1 else None
             train_stage(number, args, source, model, parallel, ema, optimizers, state, log)
     args.say(f"done: python sample.py --eval --weights {args.out}")
-
 
 def export(args):
     """DIR of --out as a small checkpoint to ship, in bf16, scored on 50 prompts a task. The denoiser keeps 4 of bf16's 7 bits of mantissa
@@ -742,28 +731,34 @@ def export(args):
     notes, vae_notes = lens.read_metadata(args.out), lens.open_safetensors(lens.weight_files(Path(args.parts) / "vae")[0]).metadata() or {}
     scores, *_ = sample.evaluate((transformer, vae, encoder), *data.bucket(int(notes["base"])), int(notes["steps"]), float(notes["guidance"]))
     encoder.model.to(torch.bfloat16)
-    lens.save_pipeline(args.export, transformer, vae, encoder, {**notes, "score": json.dumps(scores), "vae": json.dumps(vae_notes)}, dtype=torch.bfloat16)
+    lens.save_pipeline(args.export, transformer, vae, encoder, {**notes, "score": json.dumps(scores), "vae": json.dumps(vae_notes)},
+                       dtype=torch.bfloat16)
     print(f"wrote {args.export}: " + json.dumps(scores))
 
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Train the toy's text encoder, or the denoiser by flow matching. The same command again resumes.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, epilog=__doc__[__doc__.index("    python vae"):__doc__.index("The same command")])
+    parser = argparse.ArgumentParser(description="Train the toy's text encoder, or the denoiser by flow matching. "
+                                                 "The same command again resumes.", formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog=__doc__[__doc__.index("    python vae"):__doc__.index("The same command")])
     parser.error = sample.complain
     parser.add_argument("--size", default="toy", help="one of " + ", ".join(lens.SIZES))
-    parser.add_argument("--stage", default="all", choices=("text", "1", "2", "all"), help="text: the text encoder; 1: small area; 2: all areas; all: 1, then 2")
+    parser.add_argument("--stage", default="all", choices=("text", "1", "2", "all"),
+                        help="text: the text encoder; 1: small area; 2: all areas; all: 1, then 2")
     parser.add_argument("--out", default="runs/toy", metavar="DIR", help="checkpoint, metrics.jsonl and previews")
-    parser.add_argument("--parts", metavar="DIR", help="where the autoencoder and text encoder are (default: DIR of --out if it has them, else weights/toy)")
+    parser.add_argument("--parts", metavar="DIR",
+                        help="where the autoencoder and text encoder are (default: DIR of --out if it has them, else weights/toy)")
     parser.add_argument("--init", metavar="DIR", help="start from these weights (say weights/toy) instead of random ones")
     parser.add_argument("--steps", type=int, help="steps of each stage (default: what the size and stage say)")
     parser.add_argument("--data", metavar="GLOB", help="tar shards of `data.py pack` or `cache`, say 'shards/*.tar' (default: the toy world)")
     parser.add_argument("--batch", metavar="N,N", type=lambda s: [int(n) for n in s.split(",")], help="pictures a device batch, one number an area")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="device batches a rank takes for one step")
-    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"), help="activations to compute again instead of keeping: less memory, more time")
-    parser.add_argument("--fsdp", action="store_true", help="under torchrun: weights and moments are shared out over the ranks (else each holds all: DDP)")
+    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"),
+                        help="activations to compute again instead of keeping: less memory, more time")
+    parser.add_argument("--fsdp", action="store_true",
+                        help="under torchrun: weights and moments are shared out over the ranks (else each holds all: DDP)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter over --init instead of all weights")
     parser.add_argument("--workers", type=int, default=4, help="processes a rank that decode --data")
-    parser.add_argument("--bench", action="store_true", help="train nothing: a JSON line an area, a step of ours beside a naive one (--size, --recompute, --compile)")
+    parser.add_argument("--bench", action="store_true",
+                        help="train nothing: a JSON line an area, a step of ours beside a naive one (--size, --recompute, --compile)")
     parser.add_argument("--dry-run", action="store_true", help="train nothing: print parameters, memory and FLOPs of each setting")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")
@@ -774,16 +769,20 @@ def main(argv=None):
     parser.add_argument("--export", metavar="DIR", help="train nothing: score what --out holds and write it there in bf16, to ship")
     args = parser.parse_args(argv)
     lens.require(args.size in lens.SIZES, f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
-    args.stages, args.table = (1, 2) if args.stage == "all" else (int(args.stage),) if args.stage.isdigit() else (), copy.deepcopy(STAGES.get(args.size, STAGES["full"]))
+    args.stages, args.table = ((1, 2) if args.stage == "all" else (int(args.stage),) if args.stage.isdigit() else (),
+                               copy.deepcopy(STAGES.get(args.size, STAGES["full"])))
     for stage in (args.table[n] for n in args.stages) if args.batch else ():
-        lens.require(len(args.batch) >= len(stage.batch) and min(args.batch) > 0, f"--batch: {len(stage.batch)} numbers of at least 1, for the areas {', '.join(map(str, stage.batch))}")
+        lens.require(len(args.batch) >= len(stage.batch) and min(args.batch) > 0,
+                     f"--batch: {len(stage.batch)} numbers of at least 1, for the areas {', '.join(map(str, stage.batch))}")
         stage.batch = dict(zip(stage.batch, args.batch))
     lens.require(not args.data or glob.glob(args.data), f"--data {args.data}: no file matches")
     args.base, args.guidance = HOME.get(args.size, (sample.BASE, sample.GUIDANCE))
     if args.dry_run:
         return dry_run(args)
-    lens.require(args.data or args.bench or args.size in ("nano", "toy"), f"--size {args.size}: name the shards to train on with --data (`data.py pack` makes them); the toy world is for --size toy or nano")
-    lens.require(min(1 if args.steps is None else args.steps, args.save_every, args.accumulate) > 0, "--steps, --save-every and --accumulate must be at least 1")
+    lens.require(args.data or args.bench or args.size in ("nano", "toy"), f"--size {args.size}: name the shards to train on "
+                 "with --data (`data.py pack` makes them); the toy world is for --size toy or nano")
+    lens.require(min(1 if args.steps is None else args.steps, args.save_every, args.accumulate) > 0,
+                 "--steps, --save-every and --accumulate must be at least 1")
     args.rank, args.ranks, args.device = join(sample.pick_device(args.device))
     lens.require(args.ranks > 1 or not args.fsdp, "--fsdp shares weights among processes: start it with torchrun --nproc-per-node N train.py ...")
     if args.bench:
@@ -794,7 +793,6 @@ def main(argv=None):
     sample.check_writable(args.out) if args.rank == 0 else None        # two processes would remove each other's trial file
     args.parts = args.parts or str(args.out if has_parts(args.out) else sample.TOY)
     (train_text if args.stage == "text" else export if args.export else train_denoiser)(args)
-
 
 if __name__ == "__main__":
     sample.run(main)
