@@ -488,8 +488,7 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE):
     path = Path(path)
     beside = part_folder(path, "transformer") / "config.json"      # it says which layers the denoiser reads
     layers = LensConfig.from_dict(read_json(beside) if beside.exists() else {}).selected_layer_index
-    folder = part_folder(path, "text_encoder")
-    config = read_json(folder / "config.json")
+    config = read_json((folder := part_folder(path, "text_encoder")) / "config.json")
     model_class, _ = text_model_class(config.get("model_type"))
     kwargs = dict(dtype=dtype or "auto", local_files_only=True, output_loading_info=True)
     if config.get("quantization_config", {}).get("quant_method") == "mxfp4":
@@ -504,8 +503,7 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE):
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(str(part_folder(path, "tokenizer")), local_files_only=True)
     # transformers fills missing tensors with random numbers and goes on: wrong pictures, and no error.
     missing, misshapen = {str(m) for m in info["missing_keys"]}, {str(m) for m in info["mismatched_keys"]}
-    bad = missing - {"lm_head.weight"} | misshapen
-    require(not bad, f"{folder}: missing or misshapen tensors: {some(bad)}")
+    require(not (bad := missing - {"lm_head.weight"} | misshapen), f"{folder}: missing or misshapen tensors: {some(bad)}")
     model = model.model if missing else model              # an encoder stored without its head
     return TextEncoder(model.to(device), tokenizer, layers, date)
 

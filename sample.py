@@ -215,7 +215,7 @@ def bench(args, device):
             q = torch.empty(1, model.config.num_attention_heads, h * h, model.config.attention_head_dim, device=device, dtype=dtype)
             tell(found, work, peak, device, size=size, dtype=str(dtype)[6:], compiled=args.compile,
                  attention=torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q)).name,
-                 pixels=f"{16 * h}x{16 * h}", image_tokens=h * h, text_tokens=read().shape[1], batch=batch, steps=steps, guidance=g,
+                 pixels=f"{16 * h}x{16 * h}", image_tokens=h * h, text_tokens=read().shape[1], padded_to=LIMIT, batch=batch, steps=steps, guidance=g,
                  predicted_s=per_flop * work, difference=((a - b).norm() / b.norm()).item(),
                  **{name: found[name][1] / ours for name in table})
 

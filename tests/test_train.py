@@ -55,7 +55,7 @@ def test_the_kept_world_is_what_the_frozen_models_say(world, parts):
     scene = world.first[bucket] + 3
     tokens, text, mask, _ = next(world.stream([(bucket, np.array([scene]), 1 - scene % 2)]))            # its second caption
     rng = np.random.default_rng((0, 64, 2 + 3 * len(data.BUCKETS[64])))
-    scene = data.random_scene(rng, *size)
+    scene = data.random_scene(rng, *size, odds=train.ODDS)
     picture = data.draw(scene, *size)
     captions = train.captions_of(scene, rng)
     features, _ = encoder.encode([captions[1]])
