@@ -752,7 +752,7 @@ def fetch(path_or_repo, parts):
 
 def load_pipeline(path_or_repo, device="cpu", dtype=None, parts=("transformer", "vae", "text_encoder"), date=DATE):
     """-> (transformer, vae, text_encoder). A part not asked for comes back as None: load the encoder, encode, let it go, then
-    load the denoiser, and a card needs to hold only the larger of the two."""
+    load the denoiser, and a card needs to hold only the larger of the two. A folder may be an adapter that names its base."""
     path = fetch(path_or_repo, parts)
     for part in parts:
         require(part_folder(path, part).is_dir(), f"no weights in {path}: expected {path}/{part}/*.safetensors")
