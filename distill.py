@@ -200,9 +200,7 @@ def make_nets(args, folder, dtype):
     for who, model in args.nets.items() if not args.lora else [("teacher", base)]:
         train.set_recompute(model, "full" if args.size == "full" else "none")
         model.tapped = functools.partial(tapped, model)
-        if args.compile:
-            for block in model.transformer_blocks:
-                block.compile(dynamic=True)
+        lens.quicken(model, fullgraph=False) if args.compile else None
         if args.fsdp:              # each shares the same weights out in the same way, so `follow` needs no word from another rank
             # The teacher is gathered in fp32, for the R1. Inputs are left alone: rotary angles must stay fp32.
             policy = (MixedPrecisionPolicy() if who == "teacher" else
@@ -255,8 +253,8 @@ def noised(args, batch, x, below=1.0, same=None):
     noise = torch.randn(x.shape, generator=batch.rng).to(args.device)
     return lens.add_noise(x, noise, t), noise, t
 
-def autocast(args, on=True):
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16 and on)
+def autocast(args):
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
 
 def student_predicts(args, batch):
     """y [B, N, C]: what the student takes for the picture, k steps into its own sampler."""
@@ -357,9 +355,8 @@ class Captions:
 
 def updates(args, source, stage, first, last):
     """This rank's batches [(bucket, samples, epoch)] of the updates first to last - 1: an epoch after the other, dealt in turn."""
-    areas = [min(stage.batch, key=lambda a: abs(math.log(h * w / a**2))) for h, w in source.sizes]
-    plan = functools.lru_cache(2)(lambda epoch: data.plan(source.buckets, source.lengths(epoch),
-                                                          {b: stage.batch[a] for b, a in enumerate(areas)}, args.seed, epoch))
+    plan = functools.lru_cache(2)(lambda epoch: data.plan(source.buckets, source.lengths(epoch), stage.counts(source.sizes),
+                                                          args.seed, epoch))
     place = lambda number: divmod(number * args.ranks + args.rank, len(plan(0)))
     return [plan(epoch)[k] for epoch, k in map(place, range(first, last))]
 
@@ -372,17 +369,8 @@ def resumable(args, optimizers):
 
 def save(args, optimizers, state):
     """The resume state as train.py writes it, and the student's average in the released layout: `sample.py --weights` takes it as it is."""
-    out, name = Path(args.out), Path(args.out) / f"state-{state['step']:08d}"
-    shutil.rmtree(f"{name}.new", ignore_errors=True) if args.rank == 0 else None
-    with train.checkpointing(f"cannot write {name}"):
-        dcp.save(resumable(args, optimizers), storage_writer=dcp.HuggingFaceStorageWriter(f"{name}.new", save_distributed=True))
-        if args.rank == 0:
-            (Path(f"{name}.new") / "notes.json").write_text(json.dumps(state))
-            shutil.rmtree(name, ignore_errors=True)
-            os.replace(f"{name}.new", name)
-            for old in train.checkpoints(out)[:-1]:
-                shutil.rmtree(old)
-    model = train.averaged_model(args, act(args, "ema"))              # under FSDP gathered on rank 0, None on the others
+    train.write_state(args, state["step"], resumable(args, optimizers), state)
+    out, model = Path(args.out), train.averaged_model(args, act(args, "ema"))      # under FSDP gathered on rank 0, None on the others
     if args.rank == 0:
         notes = dict(command=shlex.join(["python", "distill.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["step"],
                      trained_seconds=round(state["seconds"]), score=json.dumps(state["scores"]),
@@ -416,7 +404,7 @@ def measure(args, model, steps, guidance):
     for text in sample.encode(args.encoder, [sample.held_out(data.TASKS[i % 6], 2, *args.home)[i // 6][2] for i in range(12)]):
         noise = torch.cat([sample.picture_noise(seed, grid, model.config.in_channels) for seed in range(4)]).to(args.device)
         tokens = sample.denoise(model, noise, list(text[:, None].expand(-1, 4, -1, -1).to(args.device)), None, grid, steps, guidance)
-        spread.append((2 * tokens.var(0, correction=1)).mean().sqrt().item())
+        spread.append(sample.diversity(tokens))
     return {**scores, "diversity": round(float(np.mean(spread)), 4)}
 
 def evaluate(args, state, bar):

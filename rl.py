@@ -335,10 +335,6 @@ def looks(pictures):
     hsv = np.stack([np.asarray(p.convert("HSV").resize((32, 32)), np.float32) / 255 for p in pictures])
     return float(hsv[..., 2].mean()), float(hsv[..., 1].mean())
 
-def diversity(tokens):
-    """Root mean square distance between the pictures of one prompt, per token channel: [G, N, C] -> number."""
-    return (2 * tokens.float().var(0, correction=1)).mean().sqrt().item()
-
 class Watch:
     """Says when the reward rises while diversity or the rubrics that no reward sees fall: averages of ten steps, against the first ten."""
 
@@ -362,7 +358,7 @@ def evaluate(args, model, vae, encoder, per_task):
     spread = []
     for k in range(24):
         (text,) = sample.encode(encoder, [sample.held_out(data.TASKS[k % 6], 4, *size)[k // 6][2]])
-        spread.append(diversity(make_group(args, model, vae, list(text[:, None].to(args.device)), 10**6, k, size,
+        spread.append(sample.diversity(make_group(args, model, vae, list(text[:, None].to(args.device)), 10**6, k, size,
                                            how._replace(group=6))[0]))
     return {**scores, "diversity": round(float(np.mean(spread)), 4)}
 
@@ -433,7 +429,7 @@ def rl_step(args, model, parallel, vae, encoder, judge, rows, state, optimizer, 
                 by_name["held_out" if rubric.get("held_out") else rubric["name"]] += [] if answer is None else [answer]
     sums = torch.stack(gathered(sums)).sum(0) / total
     stats = np.mean(gathered((*looks([picture for _, pictures in made.values() for picture in pictures]),
-                              np.mean([diversity(tokens) for tokens, _ in made.values()]))), 0)
+                              np.mean([sample.diversity(tokens) for tokens, _ in made.values()]))), 0)
     mean = lambda x: x[~x.isnan()].mean().item() if (~x.isnan()).any() else None
     common = sorted(by_name, key=lambda name: -len(by_name[name]))[:16]            # a file's rubrics have a thousand names
     return dict(step=step + 1, loss=sums[0].item(), reward=mean(rewards), spread=mean(rewards.std(1, correction=0)),
@@ -457,9 +453,7 @@ def train_policy(args):
     for p in lens.lora_parameters(model, "new"):
         p.requires_grad_(True)
     train.set_recompute(model, "full" if args.size == "full" else "none")
-    if args.compile:
-        for block in model.transformer_blocks:
-            block.compile(dynamic=True)
+    lens.quicken(model, fullgraph=False) if args.compile else None
     parallel = torch.nn.parallel.DistributedDataParallel(model) if args.ranks > 1 else model
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(named.values(), lr=args.lr, betas=ADAM_BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)

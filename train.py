@@ -231,6 +231,9 @@ class Stage:
     def sizes(self, area):                                 # one area: squares; more: its nine ratios [paper]
         return [(area, area)] if len(self.areas) == 1 else data.buckets(area)
 
+    def counts(self, sizes):                               # {bucket: pictures a device}, those of the area that it comes closest to
+        return {b: self.batch[min(self.areas, key=lambda a: abs(math.log(h * w / a**2)))] for b, (h, w) in enumerate(sizes)}
+
 # Where the toy's times sit [ours]: a quarter above 0.9, a fifth below 0.5. What a picture shows is decided near t = 1, where only
 # the text says it, and the paper's mean and spread, 1.0 and 1.0, put a ninth of a run there: after 83,000 pictures the loss at
 # t = 0.97 was 0.89 with mean 1.0, 0.81 with 2.0 (0.93 without text). But 1.75 and 1.25 left 8% below 0.5, where shapes get corners.
@@ -471,8 +474,7 @@ def train_stage(number, args, source, model, parallel, ema, optimizers, state, l
     steps, home, peak = args.steps or stage.steps, data.bucket(args.base), matmul_peak(args.device, torch.bfloat16 if state["bf16"] else torch.float32)
     trained, averaged = ([local(p) for p in named.values() if p.requires_grad],
                          [local(q) for q, p in zip(ema.parameters(), named.values()) if p.requires_grad])
-    areas = np.array([min(stage.batch, key=lambda a: abs(math.log(h * w / a**2))) for h, w in source.sizes])
-    batch, pixels = {b: stage.batch[a] for b, a in enumerate(areas)}, [h * w for h, w in source.sizes]
+    batch, pixels = stage.counts(source.sizes), [h * w for h, w in source.sizes]
     plan = lambda epoch: data.plan(source.buckets, source.lengths(epoch), batch, args.seed, epoch)
     sizes = [(len(samples), batch[b]) for b, samples, _ in plan(0)]                # the same in every epoch, but for their order
     epoch_length = -(-len(sizes) // group)
@@ -573,19 +575,23 @@ def checkpointing(what):
         except dcp.CheckpointException as e:
             raise OSError(*(str(failure) for failure, _ in list(e.failures.values())[:1])) from None
 
-def save(args, number, model, ema, optimizers, state, words):
-    """The resume state, one folder written by all ranks (torch.distributed.checkpoint, safetensors inside), and the averaged weights
-    in the released layout, which sample.py takes as it is. The folder gets its name when all of it is there, and only then does the one before it go."""
-    out, name = Path(args.out), Path(args.out) / f"state-{state['total']:08d}"
+def write_state(args, step, tensors, notes):
+    """The resume state: one folder written by all ranks (torch.distributed.checkpoint, safetensors inside). It gets its name when all
+    of it is there, and only then does the one before it go."""
+    name = Path(args.out) / f"state-{step:08d}"
     shutil.rmtree(f"{name}.new", ignore_errors=True) if args.rank == 0 else None
     with checkpointing(f"cannot write {name}"):
-        dcp.save(resumable(model, ema, optimizers), storage_writer=dcp.HuggingFaceStorageWriter(f"{name}.new", save_distributed=True))
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(f"{name}.new", save_distributed=True))
         if args.rank == 0:
-            (Path(f"{name}.new") / "notes.json").write_text(json.dumps({**state, "stage": number}))
+            (Path(f"{name}.new") / "notes.json").write_text(json.dumps(notes))
             os.replace(f"{name}.new", name)
-            for old in checkpoints(out)[:-1]:
+            for old in checkpoints(args.out)[:-1]:
                 shutil.rmtree(old)
-    averaged = averaged_model(args, ema)
+
+def save(args, number, model, ema, optimizers, state, words):
+    """The resume state, and the averaged weights in the released layout, which sample.py takes as it is."""
+    write_state(args, state["total"], resumable(model, ema, optimizers), {**state, "stage": number})
+    out, averaged = Path(args.out), averaged_model(args, ema)
     if args.rank == 0:
         notes = dict(command=shlex.join(["python", "train.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["total"],
                      trained_seconds=round(state["seconds"]), score=json.dumps(state.get("scores", {})), steps=sample.STEPS,
@@ -743,17 +749,14 @@ def main(argv=None):
     parser.add_argument("--stage", default="all", choices=("text", "1", "2", "all"),
                         help="text: the text encoder; 1: small area; 2: all areas; all: 1, then 2")
     parser.add_argument("--out", default="runs/toy", metavar="DIR", help="checkpoint, metrics.jsonl and previews")
-    parser.add_argument("--parts", metavar="DIR",
-                        help="where the autoencoder and text encoder are (default: DIR of --out if it has them, else weights/toy)")
+    parser.add_argument("--parts", metavar="DIR", help="autoencoder and text encoder (default: those of --out, else of weights/toy)")
     parser.add_argument("--init", metavar="DIR", help="start from these weights (say weights/toy) instead of random ones")
     parser.add_argument("--steps", type=int, help="steps of each stage (default: what the size and stage say)")
     parser.add_argument("--data", metavar="GLOB", help="tar shards of `data.py pack` or `cache`, say 'shards/*.tar' (default: the toy world)")
     parser.add_argument("--batch", metavar="N,N", type=lambda s: [int(n) for n in s.split(",")], help="pictures a device batch, one number an area")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="device batches a rank takes for one step")
-    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"),
-                        help="activations to compute again instead of keeping: less memory, more time")
-    parser.add_argument("--fsdp", action="store_true",
-                        help="under torchrun: weights and moments are shared out over the ranks (else each holds all: DDP)")
+    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"), help="activations to compute again, to save memory")
+    parser.add_argument("--fsdp", action="store_true", help="under torchrun: share weights and moments among ranks (else DDP: each holds all)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter over --init instead of all weights")
     parser.add_argument("--workers", type=int, default=4, help="processes a rank that decode --data")
     parser.add_argument("--bench", action="store_true",

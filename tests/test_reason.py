@@ -3,9 +3,6 @@ import argparse
 import functools
 import json
 import re
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -240,42 +237,12 @@ def test_mistakes_are_one_line(flags, message, tmp_path):
 
 # --- Endpoints, good and bad.
 
-class Server(BaseHTTPRequestHandler):
-    script, calls, keys = [], [], []
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        Server.calls.append(body)
-        Server.keys.append(self.headers["Authorization"])
-        what = Server.script[(len(Server.calls) - 1) % len(Server.script)]
-        if what == "hang":
-            return time.sleep(2)
-        if what == "die":
-            return self.connection.close()
-        if isinstance(what, int):
-            self.send_response(what)
-            self.send_header("Retry-After", "0")
-            return self.end_headers()
-        reply = what if isinstance(what, bytes) else json.dumps({"choices": [{"message": {"content": what}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(reply)))
-        self.end_headers()
-        self.wfile.write(reply)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
-def server(monkeypatch):
-    Server.calls, Server.keys = [], []
+def server(server, monkeypatch):
     monkeypatch.setattr(data.Endpoint.__init__, "__defaults__", (None, 8, 2, 0.5))          # two tries, half a second each
     monkeypatch.setattr(data.random, "uniform", lambda *_: 0.01)                             # and no long waits between
     monkeypatch.setenv("LENS_API_KEY", "sk-secret-key")
-    here = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=here.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{here.server_port}/v1"
-    here.shutdown()
+    return server
 
 
 def asks(url, out):
@@ -285,24 +252,24 @@ def asks(url, out):
 
 @pytest.mark.parametrize("script", [["<think>hm</think>" + CAT], [429, CAT], [503, CAT], ["hang", CAT], ["die", CAT], [b"<html>busy</html>", CAT]])
 def test_an_endpoint_that_comes_round(server, tmp_path, script, capsys):
-    Server.script = script
-    rewrite = asks(server, tmp_path)
-    assert rewrite(["a cat"]) == [CAT] == asks(server, tmp_path)(["a cat"])                  # the second from the journal
-    assert len(Server.calls) == len(script) and set(Server.keys) == {"Bearer sk-secret-key"}
-    messages = Server.calls[0]["messages"]
+    server.script = script
+    rewrite = asks(server.url, tmp_path)
+    assert rewrite(["a cat"]) == [CAT] == asks(server.url, tmp_path)(["a cat"])                  # the second from the journal
+    assert len(server.calls) == len(script) and set(server.keys) == {"Bearer sk-secret-key"}
+    messages = server.calls[0]["messages"]
     assert [m["role"] for m in messages] == ["system", "user"] and messages[0]["content"] == sample.SYSTEM and messages[1]["content"] == "a cat"
     assert "sk-secret" not in "".join(capsys.readouterr()) + (tmp_path / "reasoner.jsonl").read_text()
 
 
 @pytest.mark.parametrize("script, reason", [([401], "HTTP 401"), ([404], "HTTP 404"), ([429], "HTTP 429"), (["hang"], "Timeout"), (["die"], ""), ([b"nonsense"], "JSONDecodeError"), ([b'{"error": 1}'], "KeyError")])
 def test_an_endpoint_that_does_not_says_what_to_set(server, tmp_path, script, reason, capsys, monkeypatch):
-    Server.script = script
+    server.script = script
     if script == [401]:
         monkeypatch.delenv("LENS_API_KEY")
     with pytest.raises(LensError) as e:
-        asks(server, tmp_path)(["a cat", "a dog"])
+        asks(server.url, tmp_path)(["a cat", "a dog"])
     assert all(word in str(e.value) for word in (reason, "--endpoint", "--model", "LENS_API_KEY")) and "sk-secret" not in str(e.value)
-    assert Server.keys[0] == (None if script == [401] else "Bearer sk-secret-key")
+    assert server.keys[0] == (None if script == [401] else "Bearer sk-secret-key")
 
 
 def test_a_dead_endpoint_ends_the_command_with_one_line(server, tmp_path, capsys):
@@ -313,15 +280,15 @@ def test_a_dead_endpoint_ends_the_command_with_one_line(server, tmp_path, capsys
 
 
 def test_a_refusal_among_good_answers_costs_only_itself(server, tmp_path, capsys):
-    Server.script = ["A red circle.", "", "I'm sorry, but I can't help with that."]
-    prompts = asks(server, tmp_path)(["one", "two", "three"])
+    server.script = ["A red circle.", "", "I'm sorry, but I can't help with that."]
+    prompts = asks(server.url, tmp_path)(["one", "two", "three"])
     assert sorted(prompts, key=len)[-1] == "A red circle." and sum(p in ("one", "two", "three") for p in prompts) == 2
     assert "2 of 3 requests" in capsys.readouterr().err
 
 
 def test_pictures_by_an_endpoint_carry_its_words_and_no_key(server, tmp_path, capsys):
-    Server.script = ["a red star in the center"]
-    sample.main(["--reason", "--prompt", "a scarlet asterisk", "--endpoint", server, "--model", "writer", "--out", str(tmp_path), *QUICK])
+    server.script = ["a red star in the center"]
+    sample.main(["--reason", "--prompt", "a scarlet asterisk", "--endpoint", server.url, "--model", "writer", "--out", str(tmp_path), *QUICK])
     _, text = notes_of(tmp_path)
     assert text["prompt"] == "a red star in the center" and text["reasoner"] == "writer" and "sk-secret" not in str(text) + "".join(capsys.readouterr())
 
@@ -381,10 +348,10 @@ def test_the_offline_proposer_edits_what_the_failures_call_for():
 
 
 def test_the_proposer_behind_an_endpoint(server):
-    Server.script = ['Here: {"system_prompt": "Describe <|end|>each object apart."}', "no JSON", '{"system_prompt": ""}', "die", "die"]
-    propose = rl.propose_by(data.Endpoint(server, "writer"))
+    server.script = ['Here: {"system_prompt": "Describe <|end|>each object apart."}', "no JSON", '{"system_prompt": ""}', "die", "die"]
+    propose = rl.propose_by(data.Endpoint(server.url, "writer"))
     assert propose("old", "3 of 4 wrong", ["tried once"]) == "Describe each object apart."
-    assert all(word in Server.calls[0]["messages"][0]["content"] for word in ("old", "3 of 4 wrong", "tried once"))
+    assert all(word in server.calls[0]["messages"][0]["content"] for word in ("old", "3 of 4 wrong", "tried once"))
     assert [propose("old", str(k), []) for k in range(3)] == [None] * 3
 
 

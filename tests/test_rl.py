@@ -5,9 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -169,41 +167,6 @@ def test_specks_are_seen_by_the_held_out_rubric_alone():
     assert rl.reward_of(list(answers.values()), row["rubrics"]) == rl.reward_of([True if n == "clean" else a for n, a in answers.items()], row["rubrics"])
 
 
-class Server(BaseHTTPRequestHandler):
-    script, calls = [], []
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        Server.calls.append(json.loads(body))
-        what = Server.script[(len(Server.calls) - 1) % len(Server.script)]
-        if what == "hang":
-            return time.sleep(3)
-        if what == "die":
-            return self.connection.close()
-        if isinstance(what, int):
-            self.send_response(what)
-            self.send_header("Retry-After", "0")
-            return self.end_headers()
-        text = what(Server.calls[-1]) if callable(what) else what
-        reply = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(reply)))
-        self.end_headers()
-        self.wfile.write(reply)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server():
-    Server.calls = []
-    serving = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=serving.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{serving.server_port}/v1"
-    serving.shutdown()
-
-
 def all_yes(request):
     words = request["messages"][0]["content"][1]["text"]
     return "Sure:\n```json\n" + json.dumps({k: 1 for k in range(1, words.count("\n") + 1)}) + "\n```"
@@ -212,19 +175,19 @@ def all_yes(request):
 def test_a_judge_that_misbehaves_costs_a_count(server, tmp_path):
     rows, pictures = [rl.toy_row(1, 0, data.TASKS, [(64, 64)])] * 6, [np.full((64, 64, 3), 20 * k, np.uint8) for k in range(6)]
     pictures = [sample.Image.fromarray(p) for p in pictures]
-    Server.script = [all_yes, "I would rather not.", '{"1": 1}', 400, "die", "hang"]
-    judge = rl.EndpointJudge(server, "m", tmp_path / "judge.jsonl", workers=1, tries=1, timeout=1)
+    server.script = [all_yes, "I would rather not.", '{"1": 1}', 400, "die", "hang"]
+    judge = rl.EndpointJudge(server.url, "m", tmp_path / "judge.jsonl", workers=1, tries=1, timeout=1)
     answers = judge(pictures, rows)
     assert answers[0] == [True] * len(rows[0]["rubrics"]) and answers[2] == [True] + [None] * (len(answers[2]) - 1)
     assert all(a is None for k in (1, 3, 4, 5) for a in answers[k])
     rewards = [rl.reward_of(a, rows[0]["rubrics"]) for a in answers]
     assert rewards[0] == rewards[2] == 1.0 and all(map(math.isnan, (rewards[1], *rewards[3:])))
     assert len(judge.failed) == 5 and judge.failed.count("nonsense") == 2
-    Server.script = [all_yes]
-    asked = len(Server.calls)
-    again = rl.EndpointJudge(server, "m", tmp_path / "judge.jsonl", workers=1, tries=1, timeout=1)(pictures, rows)
-    assert again[0] == answers[0] and len(Server.calls) - asked == 3               # only what never answered is asked again
-    request = Server.calls[0]["messages"][0]["content"]
+    server.script = [all_yes]
+    asked = len(server.calls)
+    again = rl.EndpointJudge(server.url, "m", tmp_path / "judge.jsonl", workers=1, tries=1, timeout=1)(pictures, rows)
+    assert again[0] == answers[0] and len(server.calls) - asked == 3               # only what never answered is asked again
+    request = server.calls[0]["messages"][0]["content"]
     assert request[0]["image_url"]["url"].startswith("data:image/jpeg;base64,") and request[1]["text"].count("\n") == len(rows[0]["rubrics"])
 
 
@@ -234,12 +197,12 @@ def test_prompts_are_written_by_an_endpoint_and_resumed(server, tmp_path, capsys
         if words.startswith("List"):
             return '["a thing", "another thing"]'
         return "no" if "UI and Graphic" in words else json.dumps({"prompt": "A thing on a table.", "rubrics": [{"name": f"r{k}", "check": "there is a thing"} for k in range(5)]})
-    Server.script, path = [write], tmp_path / "prompts.jsonl"
+    server.script, path = [write], tmp_path / "prompts.jsonl"
     for trial in range(2):
-        rl.main(["--write-prompts", str(path), "--endpoint", server, "--pool", "100"])
+        rl.main(["--write-prompts", str(path), "--endpoint", server.url, "--pool", "100"])
     said = capsys.readouterr().out
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 90 and len(Server.calls) == 50 + 100                       # the second time nothing was asked
+    assert len(rows) == 90 and len(server.calls) == 50 + 100                       # the second time nothing was asked
     assert "Human                        10" in said and "10 of 100 answers were no prompt" in said
     assert all(1 <= len(row["dimensions"]) <= 4 and row["rubrics"][-1]["held_out"] for row in rows)
     read = rl.read_rows(path, data.buckets(64))
@@ -313,8 +276,8 @@ def test_what_is_saved_is_a_lora_that_sample_loads_and_that_merges(base, tmp_pat
 def test_a_run_with_a_judge_behind_an_endpoint_goes_on_when_the_judge_dies(base, server, tmp_path):
     rows = [{"prompt": f"a red circle number {k}", "category": "Object", "rubrics": [{"name": "a", "check": "red"}, {"name": "b", "check": "circle", "held_out": True}]} for k in range(8)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Server.script = [all_yes] * 20 + ['{"1": 0, "2": 1, "3": 0}'] * 12 + [400]
-    log = go(base, tmp_path / "run", "--steps", "3", "--data", str(tmp_path / "p.jsonl"), "--endpoint", server)
+    server.script = [all_yes] * 20 + ['{"1": 0, "2": 1, "3": 0}'] * 12 + [400]
+    log = go(base, tmp_path / "run", "--steps", "3", "--data", str(tmp_path / "p.jsonl"), "--endpoint", server.url)
     assert 0 < log[1]["reward"] <= 1 and sum(row["failures"] for row in log) == log[-1]["judge_failed"] > 0
     assert all(math.isfinite(row["loss"]) for row in log)
 

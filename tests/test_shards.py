@@ -1,12 +1,10 @@
 """Pictures that others made: every kind of bad file is counted, good ones come out right, and the order of an epoch is exact."""
-import http.server
 import io
 import json
 import struct
 import subprocess
 import sys
 import tarfile
-import threading
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -261,43 +259,20 @@ def test_latents_are_kept_while_fresh_and_refused_when_stale(tmp_path, capsys):
     assert "0 of 1 shards were fresh" in capsys.readouterr().out
 
 
-class Stub(http.server.BaseHTTPRequestHandler):
-    """A chat endpoint that fails as real ones do: the first call of each picture with 429 or 500, some for good."""
-    seen, keys, lock = Counter(), set(), threading.Lock()
+def stumbling():
+    """Fails as real endpoints do: the first call of each picture may be answered with 429 or 500."""
+    seen = Counter()
 
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        name = json.dumps(body["messages"])
-        with self.lock:
-            self.seen[name] += 1
-            self.keys.add(self.headers["Authorization"])
-            turn = self.seen[name]
-        kind = len(name) % 3
-        code = 200 if turn > 1 else (429, 500, 200)[kind]
-        self.send_response(code)
-        if code == 429:
-            self.send_header("Retry-After", "0")
-        answer = json.dumps({"choices": [{"message": {"content": f" {body['model']} saw it "}}]}).encode() if code == 200 else b"no"
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    Stub.seen.clear(), Stub.keys.clear()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+    def answer(request):
+        name = json.dumps(request["messages"])
+        seen[name] += 1
+        return f" {request['model']} saw it " if seen[name] > 1 else (429, 500, f" {request['model']} saw it ")[len(name) % 3]
+    return answer
 
 
 def test_missing_captions_are_written_by_an_endpoint_and_never_twice(tmp_path, server, monkeypatch, capsys):
     monkeypatch.setenv("LENS_API_KEY", "secret-key")
+    server.script = [stumbling()]
     for i in range(6):
         photo(i).save(tmp_path / f"{i}.png")
     (tmp_path / "0.txt").write_text("this one has its words and is long enough")
@@ -306,17 +281,17 @@ def test_missing_captions_are_written_by_an_endpoint_and_never_twice(tmp_path, s
         (tmp_path / out).mkdir()
         if out == "b":
             (tmp_path / "b" / "captions.jsonl").write_text((tmp_path / "a" / "captions.jsonl").read_text() + '["torn')
-        before = sum(Stub.seen.values())
+        before = len(server.calls)
         pictures = tmp_path / "pictures"
         pictures.mkdir(exist_ok=True)
         [p.rename(pictures / p.name) for p in [*tmp_path.glob("*.png"), *tmp_path.glob("*.txt")]]
-        data.main(["pack", "--images", str(pictures), "--out", str(tmp_path / out), "--endpoint", server, "--model", "eye", "--min-words", "3", *LOOSE])
-        asked = sum(Stub.seen.values()) - before
+        data.main(["pack", "--images", str(pictures), "--out", str(tmp_path / out), "--endpoint", server.url, "--model", "eye", "--min-words", "3", *LOOSE])
+        asked = len(server.calls) - before
         assert asked >= 5 if out == "a" else asked == 0                                # the second run found every answer in the journal
         shards = data.Shards(tmp_path / out / "*.tar", SIZES)
         words = sorted(shards[shards.buckets[0], [i], 0][1][0] for i in range(6))
         assert words == ["eye saw it"] * 5 + ["this one has its words and is long enough"]
-    assert Stub.keys == {"Bearer secret-key"}
+    assert set(server.keys) == {"Bearer secret-key"}
     shown = "".join(capsys.readouterr()) + "".join(p.read_text(errors="ignore") for p in tmp_path.rglob("*") if p.is_file())
     assert "secret-key" not in shown
 
