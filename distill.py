@@ -184,11 +184,9 @@ def weights(args, who):
     dead = set(args.nets[who].unread())
     return {name: p for name, p in args.nets[who].named_parameters() if name not in dead}
 
-def make_nets(args, folder, dtype):
-    """Fills args.nets. All weights are fp32, and computed with in bf16 (autocast)."""
-    base = lens.load_pipeline(folder, "cpu" if args.fsdp else args.device, torch.float32, parts=("transformer",))[0]
-    lens.require(base.config == lens.SIZES[args.size].transformer, f"--teacher {args.teacher}: its weights are not of size {args.size}")
-    base.requires_grad_(True)
+def make_nets(args, base, dtype):
+    """Fills args.nets and args.trained from the teacher. All weights are fp32, and computed with in bf16 (autocast)."""
+    base.requires_grad_(True)                                                      # add_lora then freezes all but what it adds
     # one seed: all three start alike, and as the teacher (B is zero)
     for who in ("student", "fake", "ema") if args.lora else ():
         lens.add_lora(base, args.lora, args.lora, name=who, generator=train.generator(args.seed, 1))
@@ -448,7 +446,9 @@ def distill(args):
     _, args.vae, args.encoder = lens.load_pipeline(folder, args.device, None if args.size == "full" else torch.float32,
                                                    parts=("vae", "text_encoder"))
     dtype, why = train.same_everywhere(sample.pick_dtype(args.device.split(":")[0], None, config.inner_dim))
-    make_nets(args, folder, dtype)
+    base = lens.load_pipeline(folder, "cpu" if args.fsdp else args.device, torch.float32, parts=("transformer",))[0]
+    lens.require(base.config == config, f"--teacher {args.teacher}: its weights are not of size {args.size}")
+    make_nets(args, base, dtype)
     args.heads, args.rows = make_heads(config, args.seed).to(args.device), {}
     if args.device == "cpu":
         torch.backends.cuda.enable_flash_sdp(False)                                # as in train.py: slow on short sequences

@@ -439,13 +439,9 @@ def rl_step(args, model, parallel, vae, encoder, judge, rows, state, optimizer, 
                 grad_norm=norm, eta=eta, sample_s=round(sampled - begin, 3), judge_wait_s=round(judged_at - sampled, 3),
                 train_s=round(time.perf_counter() - judged_at, 3))
 
-def train_policy(args):
-    how, out = args.how, Path(args.out)
-    dtype, why = train.same_everywhere(sample.pick_dtype(args.device.split(":")[0], args.dtype,
-                                                         lens.SIZES[args.size].transformer.inner_dim))
-    folder = lens.fetch(args.init, ("transformer", "vae", "text_encoder"))
-    model, vae, encoder = lens.load_pipeline(folder, args.device, dtype)
-    lens.require(model.config == lens.SIZES[args.size].transformer, f"--init {args.init}: its weights are not of size {args.size}")
+def make_policies(args, model):
+    """Gives the frozen base its adapters `ema`, `old` and `new`; -> ({name: parameter} of `new`, its optimiser)."""
+    how = args.how
     model.requires_grad_(True)                                                     # add_lora then freezes all but what it adds
     for name in ("ema", "old", "new"):                                             # the same start for all three: B is zero
         lens.add_lora(model, how.rank, how.alpha, name=name, generator=train.generator(args.seed, 1))
@@ -454,9 +450,18 @@ def train_policy(args):
         p.requires_grad_(True)
     train.set_recompute(model, "full" if args.size == "full" else "none")
     lens.quicken(model, fullgraph=False) if args.compile else None
-    parallel = torch.nn.parallel.DistributedDataParallel(model) if args.ranks > 1 else model
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(named.values(), lr=args.lr, betas=ADAM_BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    return named, torch.optim.AdamW(named.values(), lr=args.lr, betas=ADAM_BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+
+def train_policy(args):
+    how, out = args.how, Path(args.out)
+    dtype, why = train.same_everywhere(sample.pick_dtype(args.device.split(":")[0], args.dtype,
+                                                         lens.SIZES[args.size].transformer.inner_dim))
+    folder = lens.fetch(args.init, ("transformer", "vae", "text_encoder"))
+    model, vae, encoder = lens.load_pipeline(folder, args.device, dtype)
+    lens.require(model.config == lens.SIZES[args.size].transformer, f"--init {args.init}: its weights are not of size {args.size}")
+    named, optimizer = make_policies(args, model)
+    parallel = torch.nn.parallel.DistributedDataParallel(model) if args.ranks > 1 else model
     state = resume(args, model, optimizer, named)
     for group in optimizer.param_groups:
         group["lr"] = args.lr

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+import full_step
 import lens
 import sample
 import train
@@ -123,3 +124,9 @@ def test_the_bench_of_training_prints_json_lines(capsys):
         assert row["ratio"] == pytest.approx(row["naive_s"] / row["ours_s"], rel=2e-3)
         assert row["noise_s"] + row["gradients_s"] + row["optimizer_s"] == pytest.approx(row["ours_s"], rel=2e-2, abs=1e-5)
         assert row["peak_share"] == pytest.approx(row["tflops"] / row["matmul_tflops"], rel=2e-3)
+
+
+@pytest.mark.parametrize("what", ["rl", "distill"])
+def test_the_measured_step_beside_the_counted_one_runs(what, capsys):
+    found = full_step.main([what, "--size", "nano", "--rank", "4", "--area", "64", "--pictures", "2"])
+    assert found["peak_gib"] > found["counted_gib"] > 0 and found["adapter"] < found["parameters"]

@@ -252,7 +252,7 @@ def stage(base, **how):
     """What distill.main fills before a run, and one batch of the toy world's shapes."""
     args = argparse.Namespace(size="nano", teacher=str(base), lora=0, fsdp=False, compile=False, device="cpu", seed=0, rank=0, ranks=1, bf16=False, without=set(), guidance=5.0, how=distill.SETTINGS["nano"])
     vars(args).update(how)
-    distill.make_nets(args, base, torch.float32)
+    distill.make_nets(args, lens.load_pipeline(base, "cpu", torch.float32, parts=("transformer",))[0], torch.float32)
     args.heads, g = distill.make_heads(lens.SIZES["nano"].transformer, 0), torch.Generator().manual_seed(0)
     given = ([torch.randn(4, 7, 32, generator=g) for _ in range(2)], torch.arange(7)[None] < torch.tensor([[7], [3], [5], [6]]), (4, 6))
     batch = distill.Batch(torch.randn(4, 24, 16, generator=g), given, lens.sigmas(24, 4), 2, torch.randn(4, 24, 16, generator=g), g)
