@@ -60,9 +60,9 @@ class Settings(NamedTuple):
 
 SETTINGS = {"nano": Settings(train.Stage((64, 96), (8, 4), 20, 1e-4, (48, 24)), 1e-4, 1e-3, 0.02, 5.0, 0.9),
             # [ours]
-            "toy": Settings(train.Stage((64, 96, 128), (16, 16, 8), 400, 1e-5, (300, 3000, 300)), 5e-5, 2e-3, 0.02, 5.0, 0.98),
+            "toy": Settings(train.Stage((64, 96, 128), (32, 32, 16), 120, 1e-4, (300, 3000, 300)), 5e-4, 2e-3, 0.02, 5.0, 0.98),
             # [paper] but the average
-            "full": Settings(train.Stage((512, 768, 1024), (4, 4, 4), 1000, 5e-7), 5e-7, 1e-4, 0.001, 5.0, 0.98)}
+            "full": Settings(train.Stage((512, 768, 1024), (4, 4, 4), 1000, 5e-7, decay=False), 5e-7, 1e-4, 0.001, 5.0, 0.98)}
 # The toy's gan: L_DM and L_CA are means over a picture's numbers, so their pull on y shrinks with the root of how many there are, and
 # that of L_G does not. A toy picture has 1,152, one of 1024 x 1024 524,288: with the paper's 0.001 the heads' pull on the toy was a
 # thousandth of the other two; times sqrt(524288 / 1152) it stands to them as in the paper.
@@ -483,6 +483,9 @@ def distill(args):
         if turn < CRITIC:
             critic = critic_update(args, batch, optimizers)
             continue
+        # A student that comes to rest is overtaken by its fake; at a constant rate the toy's pictures grew noisy after a hundred steps.
+        factor = train.schedule(state["step"], args.steps, 1) if how.stage.decay else 1.0
+        optimizers["student"].param_groups[0]["lr"] = rates["student"] * factor
         row = mean_over_ranks(args, {**student_update(args, batch, optimizers), **critic, "notice": len(notice)})
         state["step"] += 1
         follow(args.trained["ema"].values(), args.trained["student"].values(),
