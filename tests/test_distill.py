@@ -259,6 +259,31 @@ def stage(base, **how):
     return args, batch, {who: torch.optim.AdamW([*(args.heads.parameters() if who == "heads" else distill.weights(args, who).values())], lr=1e-3, betas=distill.BETAS) for who in ("student", "fake", "heads")}
 
 
+def test_an_exported_adapter_is_the_student(base, tmp_path, capsys):
+    """A change of rank 2 in one matrix, of weights and biases in the modulation, and of the time embedding: all of it comes through rank 4."""
+    teacher, student = (lens.load_pipeline(base, "cpu", torch.float32, parts=("transformer",))[0] for _ in range(2))
+    g, change = torch.Generator().manual_seed(0), lambda *shape: 0.05 * torch.randn(*shape, generator=g)
+    with torch.no_grad():
+        block, embed = student.transformer_blocks[0], student.time_text_embed["timestep_embedder"]
+        block.attn.img_qkv.weight += change(block.attn.img_qkv.weight.shape[0], 2) @ change(2, block.attn.img_qkv.weight.shape[1]) * 20
+        for layer in (block.img_mod[1], block.txt_mod[1], student.norm_out["linear"]):
+            layer.weight += change(layer.weight.shape[0], 1) @ change(1, layer.weight.shape[1]) * 20
+            layer.bias += change(len(layer.bias))
+        embed["linear_2"].bias += 0.1 * change(len(embed["linear_2"].bias))
+    notes = dict(steps=4, guidance=1.0, base=64, words="[]")
+    lens.save_pipeline(tmp_path / "run", transformer=student, metadata=notes, base=os.path.relpath(base, tmp_path / "run"))
+    flags = ["--size", "nano", "--teacher", str(base), "--out", str(tmp_path / "run"), "--export", str(tmp_path / "small")]
+    with pytest.raises(LensError, match="--lora"):
+        distill.main(flags)
+    distill.main([*flags, "--lora", "4"])
+    small = lens.load_pipeline(tmp_path / "small", "cpu", torch.float32, parts=("transformer",))[0]
+    noise, t, text = torch.randn(8, 24, 16, generator=g), torch.linspace(0.1, 1, 8), [torch.randn(8, 7, 32, generator=g) for _ in range(2)]
+    with torch.no_grad():
+        is_, want, was = (model(noise, t, text, None, (4, 6)) for model in (small, student, teacher))
+    assert (is_ - want).norm() < 0.05 * (was - want).norm()
+    assert sample.settings(lens.read_metadata(tmp_path / "small"), None, None) == (4, 1.0) and "overall" in capsys.readouterr().out
+
+
 def test_adapters_start_alike_and_as_the_teacher_and_the_base_stays(base):
     args, batch, optimizers = stage(base, lora=4)
     before = {k: v.clone() for k, v in args.nets["teacher"].state_dict().items() if ".lora_" not in k}
