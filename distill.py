@@ -7,7 +7,7 @@ stays frozen; do reward RL before this, few-step students blur under it. The sam
     python distill.py --out runs/turbo                   # from weights/toy, on the toy world
     python sample.py --eval --weights runs/turbo         # four steps, guidance 1: the weights say so themselves
     python distill.py --out runs/no-ca --without ca      # what a term does, shown by leaving it out: ca, dm, gan or ida
-    python distill.py --out runs/turbo --lora 4 --export weights/toy-turbo             # the student as a small adapter of its teacher
+    python distill.py --out runs/turbo --lora 4 --export weights/toy-turbo             # it, as a small adapter of its teacher
 
     python distill.py --size full --dry-run              # memory and work of a step, by mode; then
     python distill.py --size full --lora 64 --teacher DIR_OR_REPO --data 'shards/*.tar'                # one GPU of 80 GB, by that account
@@ -24,7 +24,8 @@ student's, and after it the fake is pulled three hundredths of the way to the st
 
 Where this departs from the paper [ours]: the heads' shape and places, and a logit for each token; the fake is trained, and heads judge, at the
 levels at which DM noises; the approximate R1 takes a quarter of a batch, since only it runs in fp32; a running average of the student is
-what is saved; `--lora` trains adapters where the paper trains all weights; the toy has other rates, batches and steps (`SETTINGS`).
+what is saved; `--lora` trains adapters where the paper trains all weights; the toy has other rates, batches and steps (`SETTINGS`), and
+its student's rate falls to zero over the last half of a run.
 """
 import argparse, copy, functools, glob, json, math, os, shlex, shutil, sys, time
 from pathlib import Path
@@ -525,17 +526,19 @@ def export(args):
     teacher, vae, encoder = lens.load_pipeline(args.teacher, args.device, torch.float32)
     student, notes = lens.load_pipeline(args.out, args.device, torch.float32, parts=("transformer",))[0], lens.read_metadata(args.out)
     lens.require(student.config == teacher.config, f"--out {args.out}: not a student of --teacher {args.teacher}")
-    lens.add_lora(teacher, args.lora, args.lora, [n for n, layer in teacher.named_modules() if isinstance(layer, nn.Linear) and "time" not in n],
-                  "export")
-    seen, met = (F.silu(model.time(torch.linspace(MARGIN, 1, 256, device=args.device))).double() for model in (student, teacher))      # [T, W]
+    linear = [name for name, layer in teacher.named_modules() if isinstance(layer, nn.Linear) and "time" not in name]
+    lens.add_lora(teacher, args.lora, args.lora, linear, "export")
+    times = torch.linspace(MARGIN, 1, 256, device=args.device)
+    before, after = (F.silu(model.time(times)).double() for model in (teacher, student))       # [T, W]: what the timed layers are given
     for name, layer in lens.lora_layers(teacher, "export").items():
         new = student.get_submodule(name)
         if "_mod." in name or "norm_out" in name:
-            given = seen @ new.weight.double().T + new.bias - met @ layer.weight.double().T - layer.bias             # [T, out]
-            gram = met.T @ met
-            fit = torch.linalg.solve(gram + 1e-4 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram), met.T @ given)      # [in, out]
-            b = torch.linalg.svd((met @ fit).T, full_matrices=False)[0][:, :args.lora]                               # [out, r]
-            a = b.T @ fit.T                                                                                          # [r, in]
+            change = after @ new.weight.double().T + new.bias - before @ layer.weight.double().T - layer.bias      # [T, out]
+            gram = before.T @ before                       # [W, W], nearly singular, since all times look alike: hence the ridge
+            ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+            fit = torch.linalg.solve(gram + ridge, before.T @ change)                          # [W, out]
+            b = torch.linalg.svd((before @ fit).T, full_matrices=False)[0][:, :args.lora]      # [out, r]
+            a = b.T @ fit.T                                                                    # [r, W]
         else:
             u, s, v = torch.linalg.svd((new.weight - layer.weight).double(), full_matrices=False)
             b, a = u[:, :args.lora] * s[:args.lora].sqrt(), s[:args.lora, None].sqrt() * v[:args.lora]
@@ -597,7 +600,8 @@ def main(argv=None):
     parser.add_argument("--lr", type=float, help="the student's; the fake's keeps its ratio to it (default: what the size says)")
     parser.add_argument("--fsdp", action="store_true", help="under torchrun: weights and moments are shared out over the ranks")
     parser.add_argument("--dry-run", action="store_true", help="train nothing: print memory and work of a step, by mode")
-    parser.add_argument("--export", metavar="DIR", help="train nothing: write the student of --out there, as a LoRA of rank --lora over --teacher")
+    parser.add_argument("--export", metavar="DIR",
+                        help="train nothing: write the student of --out there, as a LoRA of rank --lora over --teacher")
     parser.add_argument("--steps", type=int, help="of the student (default: what the size says)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")
