@@ -112,3 +112,17 @@ def test_the_shipped_toy_follows_its_prompts():
 
 def test_round_trip_of_the_shipped_autoencoder():
     assert sample.round_trip(vae.load_vae(sample.TOY), "cpu", 200) >= 0.97                          # 0.98 promised; 200 scenes tell 0.01 apart
+
+
+def test_the_shipped_students_make_more_pictures_right_than_their_base():
+    """Turbo: four steps and no guidance, as its own notes say, against the base given the same; RL: guidance 1, eight steps."""
+    rows = [row for task in data.TASKS for row in sample.held_out(task, 10, 96, 96)]
+    right = lambda pictures: sum(all(sample.check(p, row[1])) for p, row in zip(pictures, rows)) / len(rows)
+    make = lambda pipeline, **how: right(sample.generate([row[2] for row in rows], pipeline, height=96, width=96, batch_size=30, **how))
+    base, turbo = (lens.load_pipeline(ROOT / "weights" / name, "cpu", torch.float32) for name in ("toy", "toy-turbo"))
+    assert sample.settings(lens.read_metadata(ROOT / "weights" / "toy-turbo"), None, None) == (4, 1.0)
+    plain = make(base, steps=4, guidance=1.0)
+    assert make(turbo, steps=4, guidance=1.0) >= plain + 0.15
+    plain = make(base, steps=8, guidance=1.0)
+    lens.load_lora(base[0], ROOT / "weights" / "toy-rl")
+    assert make(base, steps=8, guidance=1.0) >= plain + 0.05
