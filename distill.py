@@ -27,7 +27,7 @@ levels at which DM noises; the approximate R1 takes a quarter of a batch, since 
 what is saved; `--lora` trains adapters where the paper trains all weights; the toy has other rates, batches and steps (`SETTINGS`), and
 its student's rate falls to zero over the last half of a run.
 """
-import argparse, copy, functools, glob, json, math, os, shlex, shutil, sys, time
+import argparse, copy, functools, glob, json, math, os, shlex, sys, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,11 +191,9 @@ def weights(args, who):
 
 def make_nets(args, base, dtype):
     """Fills args.nets and args.trained from the teacher. All weights are fp32, and computed with in bf16 (autocast)."""
-    base.requires_grad_(True)                                                      # add_lora then freezes all but what it adds
     # one seed: all three start alike, and as the teacher (B is zero)
     for who in ("student", "fake", "ema") if args.lora else ():
         lens.add_lora(base, args.lora, args.lora, LORA_TARGETS, who, generator=train.generator(args.seed, 1))
-        base.requires_grad_(True)
     base.requires_grad_(False)
     args.nets = {who: base if who == "teacher" or args.lora else copy.deepcopy(base) for who in ("teacher", "student", "fake", "ema")}
     for p in (*weights(args, "student").values(), *weights(args, "fake").values()):
@@ -214,6 +212,12 @@ def make_nets(args, base, dtype):
             register_fsdp_forward_method(model, "tapped")                          # it gathers weights as forward does
     # now: gathered weights would go by the same names
     args.trained = {who: weights(args, who) for who in ("student", "fake", "ema")}
+
+def make_optimizers(args, rates):
+    """{who: optimiser} of student, fake and, where there is a discriminator, heads; rates: {who: learning rate}."""
+    learn = {who: args.heads.parameters() if who == "heads" else args.trained[who].values() for who in rates}
+    return {who: torch.optim.AdamW([*learn[who]], lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
+            for who, lr in rates.items() if who != "heads" or "gan" not in args.without}
 
 def descend(args, optimizer):
     """One step along the mean gradient of all ranks, clipped; one that is not finite touches nothing. -> its norm."""
@@ -358,8 +362,8 @@ class Captions:
 
 def updates(args, source, stage, first, last):
     """This rank's batches [(bucket, samples, epoch)] of the updates first to last - 1: an epoch after the other, dealt in turn."""
-    plan = functools.lru_cache(2)(lambda epoch: data.plan(source.buckets, source.lengths(epoch), stage.counts(source.sizes),
-                                                          args.seed, epoch))
+    counts = stage.counts(source.sizes)
+    plan = functools.lru_cache(2)(lambda epoch: data.plan(source.buckets, source.lengths(epoch), counts, args.seed, epoch))
     place = lambda number: divmod(number * args.ranks + args.rank, len(plan(0)))
     return [plan(epoch)[k] for epoch, k in map(place, range(first, last))]
 
@@ -457,10 +461,8 @@ def distill(args):
     args.heads, args.rows = make_heads(config, args.seed).to(args.device), {}
     if args.device == "cpu":
         torch.backends.cuda.enable_flash_sdp(False)                                # as in train.py: slow on short sequences
-    adam = lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
     rates = {"student": args.lr, "fake": args.lr * how.fake_lr / how.stage.lr, "heads": how.heads_lr}
-    optimizers = {who: adam([*(args.heads.parameters() if who == "heads" else args.trained[who].values())], lr)
-                  for who, lr in rates.items() if who != "heads" or "gan" not in args.without}
+    optimizers = make_optimizers(args, rates)
     state = resume(args, optimizers)
     for who, optimizer in optimizers.items():
         optimizer.param_groups[0]["lr"] = rates[who]
@@ -488,7 +490,7 @@ def distill(args):
         if turn < CRITIC:
             critic = critic_update(args, batch, optimizers)
             continue
-        # A student that comes to rest is overtaken by its fake; at a constant rate the toy's pictures grew noisy after a hundred steps.
+        # The fake catches up with a student that comes to rest; at a constant rate the toy's pictures grew noisy after a hundred steps.
         factor = train.schedule(state["step"], args.steps, 1) if how.stage.decay else 1.0
         optimizers["student"].param_groups[0]["lr"] = rates["student"] * factor
         row = mean_over_ranks(args, {**student_update(args, batch, optimizers), **critic, "notice": len(notice)})
@@ -530,13 +532,14 @@ def export(args):
     lens.add_lora(teacher, args.lora, args.lora, linear, "export")
     times = torch.linspace(MARGIN, 1, 256, device=args.device)
     before, after = (F.silu(model.time(times)).double() for model in (teacher, student))       # [T, W]: what the timed layers are given
+    gram = before.T @ before                               # [W, W], nearly singular, since all times look alike: hence the ridge
+    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+    solve = torch.linalg.solve(gram + ridge, before.T)     # [W, T]: what a layer should give -> the weights that come nearest
     for name, layer in lens.lora_layers(teacher, "export").items():
         new = student.get_submodule(name)
         if "_mod." in name or "norm_out" in name:
             change = after @ new.weight.double().T + new.bias - before @ layer.weight.double().T - layer.bias      # [T, out]
-            gram = before.T @ before                       # [W, W], nearly singular, since all times look alike: hence the ridge
-            ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
-            fit = torch.linalg.solve(gram + ridge, before.T @ change)                          # [W, out]
+            fit = solve @ change                                                               # [W, out]
             b = torch.linalg.svd((before @ fit).T, full_matrices=False)[0][:, :args.lora]      # [out, r]
             a = b.T @ fit.T                                                                    # [r, W]
         else:
@@ -548,6 +551,11 @@ def export(args):
     lens.save_lora(teacher, args.export, "export", notes)
     lens.save_pipeline(args.export, metadata=notes, base=os.path.relpath(lens.fetch(args.teacher, ("transformer",)), args.export))
     print(f"wrote {args.export}: {notes['score']}")
+
+def fixed_bytes(base, learnt, heads):
+    """What there is beside activations, in fp32: the teacher; of student and fake weights and two moments; the student's average; a
+    gradient, of one at a time; the heads'. base, learnt, heads: numbers of parameters."""
+    return 4 * base + (12 + 12 + 4 + 4) * learnt + 16 * heads
 
 def dry_run(args):
     """Memory a device and work a step, by mode and area; counted on the meta device, no weight is made."""
@@ -569,9 +577,7 @@ def dry_run(args):
         # The student's graph waits while the heads' gradient goes through the teacher: two sets of activations.
         kept = (1 + gan) * train.activations(config, "full" if again else "none", count, (area // 16, area // 16), 128)
         for mode, learnt in (("all weights", base), (f"LoRA {rank}", adapter)):
-            # fp32. The teacher; of student and fake weights and two moments; the student's average;
-            # a gradient, of one at a time; the heads'
-            fixed, whole = 4 * base + (12 + 12 + 4 + 4) * learnt + 16 * heads, learnt == base
+            fixed, whole = fixed_bytes(base, learnt, heads), learnt == base
             # in forwards: there, back, there again; steps simulated, on average
             learn, simulated = (3 if whole else 2) + again, (STEPS - 1) / 2
             forwards = CRITIC * (simulated + 1 + learn + gan * (2 + 2 * R1_SHARE)) + simulated + learn + 4 + gan * (2 + again)

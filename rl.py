@@ -358,8 +358,8 @@ def evaluate(args, model, vae, encoder, per_task):
     spread = []
     for k in range(24):
         (text,) = sample.encode(encoder, [sample.held_out(data.TASKS[k % 6], 4, *size)[k // 6][2]])
-        spread.append(sample.diversity(make_group(args, model, vae, list(text[:, None].to(args.device)), 10**6, k, size,
-                                           how._replace(group=6))[0]))
+        tokens, _ = make_group(args, model, vae, list(text[:, None].to(args.device)), 10**6, k, size, how._replace(group=6))
+        spread.append(sample.diversity(tokens))
     return {**scores, "diversity": round(float(np.mean(spread)), 4)}
 
 def save(args, model, optimizer, named, state):
@@ -441,11 +441,9 @@ def rl_step(args, model, parallel, vae, encoder, judge, rows, state, optimizer, 
 
 def make_policies(args, model):
     """Gives the frozen base its adapters `ema`, `old` and `new`; -> ({name: parameter} of `new`, its optimiser)."""
-    how = args.how
-    model.requires_grad_(True)                                                     # add_lora then freezes all but what it adds
     for name in ("ema", "old", "new"):                                             # the same start for all three: B is zero
-        lens.add_lora(model, how.rank, how.alpha, name=name, generator=train.generator(args.seed, 1))
-        model.requires_grad_(name != "new")
+        lens.add_lora(model, args.how.rank, args.how.alpha, name=name, generator=train.generator(args.seed, 1))
+    model.requires_grad_(False)
     for p in lens.lora_parameters(model, "new"):
         p.requires_grad_(True)
     train.set_recompute(model, "full" if args.size == "full" else "none")
@@ -682,6 +680,10 @@ def search(args):
     write(lines, [final])
     print(f"{json.dumps(final)}\ndone: python sample.py --reason --system-prompt {out}/best.txt")
 
+def fixed_bytes(base, adapter):
+    """What a device holds beside activations: the base in bf16; adapters new, old, average, a gradient and two moments in fp32."""
+    return 2 * base + 6 * 4 * adapter
+
 def dry_run(args):
     """Memory and work of one step at this size, by part; counted on the meta device, no weight is made."""
     how, config, gib = args.how, lens.SIZES[args.size].transformer, 2**30
@@ -693,7 +695,7 @@ def dry_run(args):
     kept = train.activations(config, "full" if args.size == "full" else "none", how.batch, (how.base // 16,) * 2, length)
     print(f"{args.size}: base {base:,} parameters, adapter {adapter:,}\nGiB a device: base in bf16 {2 * base / gib:.2f}; "
           f"adapters new, old, average, gradient and two moments in fp32 {6 * 4 * adapter / gib:.2f}; "
-          f"activations of {how.batch} pictures {kept / gib:.2f}; sum {(2 * base + 24 * adapter + kept) / gib:.2f} "
+          f"activations of {how.batch} pictures {kept / gib:.2f}; sum {(fixed_bytes(base, adapter) + kept) / gib:.2f} "
           "(and the text encoder, the autoencoder)")
     forward, pictures = train.flops(model, tokens, length) / 3, how.prompts * how.group
     peak = train.matmul_peak(args.device, torch.bfloat16)

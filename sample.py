@@ -619,9 +619,9 @@ def round_trip(vae, device, scenes=500, noise=0.0):
         passed += all(check(image, data.facts(scene, details | {"color"})))
     return passed / scenes
 
-@torch.no_grad()
 def diversity(tokens): return (2 * tokens.float().var(0, correction=1)).mean().sqrt().item()   # [G, N, C] of one prompt: RMS distance
 
+@torch.no_grad()
 def evaluate(pipeline, height, width, steps, guidance, per_task=50, seed=0, style="dense", rewrite=None, progress=True):
     """-> (scores, pictures, prompts). scores: the six tasks' shares of prompts all of whose facts hold, `overall` (their mean),
     and `fidelity`: Fréchet distance to the drawn pictures of the same prompts. rewrite: [prompt] -> [prompt], the reasoner."""

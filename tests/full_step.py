@@ -57,7 +57,7 @@ def main(argv=None):
         base = sum(p.numel() for p in model.parameters())
         named, optimizer = rl.make_policies(args, model)
         adapter = sum(p.numel() for p in named.values())
-        counted = 2 * base + 24 * adapter + kept
+        counted = rl.fixed_bytes(base, adapter) + kept
         text = [layer[:1].bfloat16() for layer in text]
 
         def step():
@@ -71,10 +71,8 @@ def main(argv=None):
         distill.make_nets(args, model, torch.bfloat16)
         args.heads = distill.make_heads(config, 0).to(args.device)
         adapter = sum(p.numel() for p in args.trained["student"].values())
-        counted = 4 * base + 32 * adapter + 16 * sum(p.numel() for p in args.heads.parameters()) + 2 * kept
-        adam = lambda parameters: torch.optim.AdamW(parameters, lr=args.lr, betas=distill.BETAS, weight_decay=0.0, fused=True)
-        optimizers = {"student": adam([*args.trained["student"].values()]), "fake": adam([*args.trained["fake"].values()]),
-                      "heads": adam([*args.heads.parameters()])}
+        counted = distill.fixed_bytes(base, adapter, sum(p.numel() for p in args.heads.parameters())) + 2 * kept
+        optimizers = distill.make_optimizers(args, dict.fromkeys(("student", "fake", "heads"), args.lr))
         mask = torch.ones(text[0].shape[:2], dtype=torch.bool, device=args.device)
         levels = lens.sigmas(tokens.shape[1], distill.STEPS)
         batch = lambda k: distill.Batch(tokens, (text, mask, grid), levels, k, torch.randn_like(tokens), torch.Generator().manual_seed(k))
