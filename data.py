@@ -78,6 +78,7 @@ PLACES = (("at the top left", "at the top", "at the top right"),
           ("at the bottom left", "at the bottom", "at the bottom right"))
 RELATIONS = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 CELL_MARGIN, CELL_TOLERANCE = 0.05, 0.04      # centres keep this far from the lines between thirds; the checker forgives less
+OBJECT_GAP = 0.05     # free room between the circles around two objects, in sqrt(height * width): less than half a token apart, two of a kind fuse
 RELATION_GAP, RELATION_TOLERANCE = 0.16, 0.10 # two centres differ by this much along the axis that a relation names
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")      # GenEval's six
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
@@ -168,7 +169,7 @@ def draw(scene, height, width):
 
 def _place(specs, relation, rng, height, width):
     """Positions for objects given as (shape, color, size, cell or None), or None where no try succeeds.
-    Rejection sampling: centres in distinct cells, away from the cells' borders, objects apart by a visible gap.
+    Rejection sampling: centres in distinct cells, away from the cells' borders, objects apart by OBJECT_GAP.
     `relation`: a name of RELATIONS that the first two must satisfy, or None."""
     (dx, dy), s, placed = RELATIONS.get(relation, (0, 0)), math.sqrt(height * width), []
     for shape, color, size, cell in specs:
@@ -179,7 +180,7 @@ def _place(specs, relation, rng, height, width):
                 return None
             clear = min(abs(v - line) for v in (x, y) for line in (1 / 3, 2 / 3)) >= CELL_MARGIN
             here = PLACES[int(3 * y)][int(3 * x)]
-            taken = any(here == PLACES[int(3 * q)][int(3 * p)] or math.hypot((x - p) * width, (y - q) * height) < reach + r + 0.02 * s
+            taken = any(here == PLACES[int(3 * q)][int(3 * p)] or math.hypot((x - p) * width, (y - q) * height) < reach + r + OBJECT_GAP * s
                         for p, q, r in placed)
             wrong = relation and len(placed) == 1 and (placed[0][0] - x) * dx + (placed[0][1] - y) * dy < RELATION_GAP
             if clear and not taken and not wrong and cell in (None, here):
@@ -197,7 +198,7 @@ def _paint(spec, xy, rng):
 def random_scene(rng, height, width, task=None, odds=None):
     """A scene for a picture of height x width (where things fit depends on it). task: one of TASKS, "mixed" (three different
     objects), or None to draw one; odds: how likely each of SHAPES is (None: all alike); rng: np.random.Generator."""
-    task = task or str(rng.choice(TASKS + ("mixed",), p=(0.13, 0.13, 0.22, 0.08, 0.18, 0.16, 0.10)))
+    task = task or str(rng.choice(TASKS + ("mixed",), p=(0.08, 0.16, 0.28, 0.06, 0.20, 0.13, 0.09)))
     while True:
         number = {"single_object": 1, "colors": 1, "counting": int(rng.integers(2, 5)), "mixed": 3}.get(task, 2)
         shapes = list(rng.permutation(SHAPES)[:number] if odds is None else rng.choice(SHAPES, number, replace=False, p=odds))

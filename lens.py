@@ -773,7 +773,7 @@ def save_pipeline(folder, transformer=None, vae=None, text_encoder=None, metadat
         state = weights if part == "transformer" and weights is not None else module.state_dict()
         require(not any(".lora_" in n for n in state),
                 "the model has LoRA adapters attached: save them with save_lora, or merge them with load_lora first")
-        state = {n: v.to(dtype) if dtype and v.is_floating_point() and not n.startswith("bn.") else v for n, v in state.items()}
+        state = {n: v.to(dtype) if dtype and v.is_floating_point() and v.itemsize > 1 and not n.startswith("bn.") else v for n, v in state.items()}
         config = module.config.to_dict() if part == "transformer" else dict(module.config)
         notes = {"format": "pt", "config": json.dumps(config), **((metadata or {}) if part == "transformer" else {})}
         write_safetensors(folder / part / WEIGHT_NAMES[0], state, notes)

@@ -36,7 +36,7 @@ from lens import LensError
 
 TOY = Path(__file__).resolve().parent / "weights" / "toy"
 STEPS, GUIDANCE, BASE = 20, 5.0, 1024     # [checkpoint] where weights do not say otherwise
-TOY_BASE = 96                              # [ours] the toy's own size: pictures of 96 x 96 where nothing else is said
+TOY_BASE = 128                             # [ours] the toy's own size: pictures of 128 x 128 where nothing else is said
 MAX_AREA = 1440**2                         # [paper] the largest area it generalises to, untrained
 TOGETHER = 512                             # [ours] image tokens up to which guidance's two branches share a forward
 TRICKS = ("exact length", "bare unconditional branch", "shared forward", "modulation once",                # --bench takes each away

@@ -97,7 +97,7 @@ def test_killed_while_saving_twenty_times_the_newest_checkpoint_is_whole(parts, 
 import argparse, os, random, signal, sys, time
 import torch, lens, train
 out = sys.argv[1]
-args = argparse.Namespace(out=out, parts={str(parts)!r}, rank=0, fsdp=False, lora=0, seed=0, guidance=3.0, base=96, say=lambda *_: None)
+args = argparse.Namespace(out=out, parts={str(parts)!r}, rank=0, fsdp=False, lora=0, seed=0, guidance=3.0, table=train.STAGES["nano"], say=lambda *_: None)
 model, ema = lens.build("nano"), lens.build("nano")
 optimizers = train.make_optimizers(model, train.STAGES["nano"][2])
 train.make_moments(optimizers)

@@ -66,6 +66,25 @@ def test_the_kept_world_is_what_the_frozen_models_say(world, parts):
     assert mask.all() and all(torch.allclose(a, b.bfloat16().float(), rtol=0.02, atol=0.02) for a, b in zip(text, features))
 
 
+def test_what_is_exported_is_what_was_scored(parts, tmp_path, monkeypatch):
+    """The shipped file: matrices of the blocks in fp8 with a scale, the rest bf16; read back, the very weights that the score is of."""
+    scored, model = {}, lens.build("nano", seed=3)
+    lens.save_pipeline(tmp_path / "run", model, metadata=dict(base=64, steps=2, guidance=3.0, words="[]"), base=os.path.relpath(parts, tmp_path / "run"))
+    monkeypatch.setattr(sample, "evaluate", lambda pipeline, height, width, steps, guidance: (
+        scored.update({n: t.clone() for n, t in pipeline[0].state_dict().items()}) or {"overall": 0.5, "at": [height, width, steps, guidance]}, None))
+    train.main(["--size", "nano", "--out", str(tmp_path / "run"), "--parts", str(parts), "--export", str(tmp_path / "small")])
+    got, notes, exact = weights(tmp_path / "small"), lens.read_metadata(tmp_path / "small"), model.state_dict()
+    assert json.loads(notes["score"]) == {"overall": 0.5, "at": [64, 64, 2, 3.0]}
+    assert all(torch.equal(t.float(), scored[n]) for n, t in got.items())
+    with lens.open_safetensors(tmp_path / "small" / "transformer" / lens.WEIGHT_NAMES[0]) as f:
+        kinds = {n: f.get_tensor(n).dtype for n in f.keys()}
+    matrices = {n for n, t in exact.items() if n.startswith("transformer_blocks") and t.ndim == 2}
+    assert matrices == {n for n, kind in kinds.items() if kind == torch.float8_e4m3fn} and {kinds[n] for n in kinds.keys() - matrices} == {torch.bfloat16}
+    for name in matrices:                                                          # half of e4m3's last bit, or of its smallest step
+        assert ((scored[name] - exact[name]).abs() <= 0.0665 * exact[name].abs() + exact[name].abs().max() / 448 * 2**-9 * 2).all(), name
+    assert all(torch.equal(scored[n], exact[n].bfloat16().float()) for n in exact.keys() - matrices)
+
+
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
     noise, t, dropped = train.noise_and_time(1, 2, [5, 9, 2], (16, 4), (1.0, 1.0))
     alone = train.noise_and_time(1, 2, [9], (16, 4), (1.0, 1.0))
