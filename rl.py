@@ -275,7 +275,7 @@ class Settings(NamedTuple):
     batch: int           # noised pictures a forward in training
 
 SETTINGS = {"nano": Settings(4, 4, 4, 4.0, 1e-3, 4, 4, 2, 64, 32),
-            "toy": Settings(12, 12, 16, 16.0, 3e-3, 30, 10, 2, 96, 48),                       # [ours]
+            "toy": Settings(12, 12, 8, 8.0, 3e-3, 30, 10, 2, 128, 48),                       # [ours]
             "full": Settings(48, 24, 64, 128.0, 3e-4, 180, 20, 4, 1024, 4)}                     # [paper] but times and batch
 BETA, KL, DECAY = 1.0, 1e-4, 0.9       # [paper], [paper]; [ours] of the average of adapters that is evaluated and saved
 ADAM_BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 1e-4                           # [paper]
