@@ -115,7 +115,7 @@ def test_round_trip_of_the_shipped_autoencoder():
 
 
 def test_the_shipped_students_make_more_pictures_right_than_their_base():
-    """Turbo: four steps and no guidance, as its own notes say, against the base given the same; RL: guidance 1, eight steps."""
+    """Four steps and no guidance, as turbo's own notes say, against the base given the same; RL's adapter too, which never saw so few."""
     rows = [row for task in data.TASKS for row in sample.held_out(task, 10, 128, 128)]
     right = lambda pictures: sum(all(sample.check(p, row[1])) for p, row in zip(pictures, rows)) / len(rows)
     make = lambda pipeline, **how: right(sample.generate([row[2] for row in rows], pipeline, height=128, width=128, batch_size=30, **how))
@@ -123,6 +123,5 @@ def test_the_shipped_students_make_more_pictures_right_than_their_base():
     assert sample.settings(lens.read_metadata(ROOT / "weights" / "toy-turbo"), None, None) == (4, 1.0)
     plain = make(base, steps=4, guidance=1.0)
     assert make(turbo, steps=4, guidance=1.0) >= plain + 0.15
-    plain = make(base, steps=8, guidance=1.0)
     lens.load_lora(base[0], ROOT / "weights" / "toy-rl")
-    assert make(base, steps=8, guidance=1.0) >= plain + 0.05
+    assert make(base, steps=4, guidance=1.0) >= plain + 0.10
