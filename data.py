@@ -78,7 +78,7 @@ PLACES = (("at the top left", "at the top", "at the top right"),
           ("at the bottom left", "at the bottom", "at the bottom right"))
 RELATIONS = {"to the left of": (-1, 0), "to the right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 CELL_MARGIN, CELL_TOLERANCE = 0.05, 0.04      # centres keep this far from the lines between thirds; the checker forgives less
-OBJECT_GAP = 0.05     # free room between the circles around two objects, in sqrt(height * width): less than half a token apart, two of a kind fuse
+OBJECT_GAP = 0.05     # [ours] free room between the circles around two objects, in sqrt(height * width): at 0.02 the model drew two of a kind as one
 RELATION_GAP, RELATION_TOLERANCE = 0.16, 0.10 # two centres differ by this much along the axis that a relation names
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")      # GenEval's six
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}

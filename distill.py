@@ -67,7 +67,7 @@ SETTINGS = {"nano": Settings(train.Stage((64, 96), (8, 4), 20, 1e-4, (48, 24)), 
             "full": Settings(train.Stage((512, 768, 1024), (4, 4, 4), 1000, 5e-7, decay=False), 5e-7, 1e-4, 0.001, 5.0, 0.98)}
 # The toy's gan: L_DM and L_CA are means over a picture's numbers, so their pull on y shrinks with the root of how many there are, and
 # that of L_G does not. A toy picture of 96 x 96 has 1,152, one of 1024 x 1024 524,288: with the paper's 0.001 the heads' pull on the toy was a
-# thousandth of the other two; times sqrt(524288 / 1152) it stands to them as in the paper.
+# thousandth of the other two; times sqrt(524288 / 1152) it stands to them as in the paper (at 128 x 128 0.016 would).
 LORA_LR = 10.0           # [ours] an adapter's rates against those of whole weights; at 20 the toy's pictures lost their texture
 # [ours] The modulation too: a student meets four times only, and when all weights of the toy were trained, these layers moved three times
 # as far as the others (1% of their length). Without them an adapter of rank 6 ended at 0.72 where all weights reached 0.78.
@@ -621,7 +621,7 @@ def main(argv=None):
     args.steps, args.guidance = (args.how.stage.steps if args.steps is None else args.steps,
                                  args.how.guidance if args.guidance is None else args.guidance)
     args.lr, args.home, args.workers = (args.lr or args.how.stage.lr * (LORA_LR if args.lora else 1),
-                                        data.bucket(max(args.how.stage.areas)), 4)
+                                        data.bucket(args.how.stage.home), 4)
     lens.require(min(args.steps, args.save_every) > 0 and min(args.lora, args.eval_every, args.preview_every) >= 0,
                  "--steps and --save-every must be at least 1, --lora, --eval-every and --preview-every not below 0")
     lens.require(args.guidance > 1 or "ca" in args.without,

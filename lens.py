@@ -763,8 +763,9 @@ def load_pipeline(path_or_repo, device="cpu", dtype=None, parts=("transformer", 
             load_text_encoder(path, device, dtype, date) if "text_encoder" in parts else None)
 
 def save_pipeline(folder, transformer=None, vae=None, text_encoder=None, metadata=None, dtype=None, weights=None, base=None):
-    """Writes the layout that load_pipeline reads. weights: a state dict to store instead of the denoiser's own (EMA, or one
-    gathered from shards). base: where the parts not stored here are, as a path from folder. metadata: notes for read_metadata."""
+    """Writes the layout that load_pipeline reads. weights: a state dict to store instead of the denoiser's own (EMA,
+    gathered from shards, or fp8 with its scales, which stays fp8). base: where the parts not stored here are, as a path from folder.
+    metadata: notes for read_metadata."""
     folder = Path(folder)
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {"_class_name": "LensPipeline"}
     for part, module, title in (("transformer", transformer, "LensTransformer2DModel"), ("vae", vae, "AutoencoderKLFlux2")):

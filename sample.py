@@ -114,7 +114,7 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
     """One PIL image a prompt, in order.
 
     pipeline    (transformer, vae, text encoder or None) already loaded; else `weights` is loaded
-    steps, guidance   None: what the weights say of themselves where they are loaded here, else STEPS and GUIDANCE
+    steps, guidance, height, width   None: what the weights say of themselves where they are loaded here, else the defaults above
     seeds       one a picture (default: seed, seed + 1, ...); the same seed gives the same picture in any batch
     features    what `encode` returned for prompts + [negative]; then the text encoder is not needed
     images      one PIL image a prompt to start from, noised to `strength` (1: all noise, as if there were none)"""
@@ -124,7 +124,7 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(seeds) if seeds is not None else [seed + i for i in range(len(prompts))]
     device = transformer.proj_out.weight.device
-    base = TOY_BASE if transformer.config.in_channels < 128 else BASE              # what the toy, and the released model, are at home in
+    base = int(notes.get("base", TOY_BASE if transformer.config.in_channels < 128 else BASE))          # what the weights are at home in
     height, width = height or base, width or base
     grid = (height // 16, width // 16)                                             # the autoencoder's 8x, then 2 x 2 to a token
     *features, negative_features = features if features is not None else encode(encoder, prompts + [negative])

@@ -218,14 +218,14 @@ def train_text(args):
 # Stages 1 and 2: the denoiser.
 
 class Stage:
-    """What a stage trains on. areas: bases of the buckets; batch: pictures a device, by area, so that steps of different
-    areas cost about the same; scenes: how many the toy world draws, by area (captions per scene: CAPTIONS);
+    """What a stage trains on. areas: bases of the buckets, the largest its weights' `home`; batch: pictures a device, by area, so
+    that steps of different areas cost about the same; scenes: how many the toy world draws, by area (captions per scene: CAPTIONS);
     lr: AdamW's; muon_lr: Muon's, for the matrices of the blocks (None: AdamW has them too);
     times: mean and standard deviation of logit(t) (None: the paper's, by the number of tokens);
     decay: whether the learning rate falls to zero at the end; betas: AdamW's."""
 
     def __init__(self, areas, batch, steps, lr, scenes=(), muon_lr=None, times=None, decay=True, betas=(0.9, 0.99)):
-        self.areas, self.batch, self.scenes, self.steps = areas, dict(zip(areas, batch)), dict(zip(areas, scenes)), steps
+        self.areas, self.batch, self.scenes, self.steps, self.home = areas, dict(zip(areas, batch)), dict(zip(areas, scenes)), steps, max(areas)
         self.lr, self.muon_lr, self.times, self.decay, self.betas = lr, muon_lr, times, decay, betas
 
     def sizes(self, area):                                 # one area: squares; more: its nine ratios [paper]
@@ -250,7 +250,7 @@ ODDS = (0.11, 0.12, 0.12, 0.37, 0.17, 0.11)
 BRIEF = 0.25              # [ours] share of the captions of "position" scenes that state the relation and nothing else
 DROPOUT = 0.1             # [ours] share of samples trained without text: the unconditional branch that guidance needs
 SPIKE, PATIENCE = 4.0, 10  # [ours] a step whose loss is not finite or over SPIKE times the usual is left out; so many in a row end the run
-TOY_GUIDANCE = 3.0        # [ours] where the toy's weights are at home, in the largest of their stage's areas; for the released ones 5 [checkpoint]
+TOY_GUIDANCE = 3.0        # [ours] without guidance and at 3 and 5, 41, 24 and 33 of 300 pictures were wrong; the released weights' is 5 [checkpoint]
 CLIP, EMA = 1.0, 0.998    # [paper] gradient norm; [ours] decay of the weights' average, which is what is sampled and saved
 
 def captions_of(scene, rng):
@@ -470,7 +470,7 @@ def train_stage(number, args, source, model, parallel, ema, optimizers, state, l
     """One stage from state["step"] (counted in the stage) to its last step. A step takes `group` device batches of the plan,
     whoever computes them: with equal group, the number of ranks changes neither what is learnt nor its noise."""
     stage, named, group = args.table[number], dict(model.named_parameters()), args.ranks * args.accumulate
-    steps, home, peak = args.steps or stage.steps, data.bucket(max(stage.areas)), matmul_peak(args.device, torch.bfloat16 if state["bf16"] else torch.float32)
+    steps, home, peak = args.steps or stage.steps, data.bucket(stage.home), matmul_peak(args.device, torch.bfloat16 if state["bf16"] else torch.float32)
     trained, averaged = ([local(p) for p in named.values() if p.requires_grad],
                          [local(q) for q, p in zip(ema.parameters(), named.values()) if p.requires_grad])
     batch, pixels = stage.counts(source.sizes), [h * w for h, w in source.sizes]
@@ -593,7 +593,7 @@ def save(args, number, model, ema, optimizers, state, words):
     if args.rank == 0:
         notes = dict(command=shlex.join(["python", "train.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["total"],
                      trained_seconds=round(state["seconds"]), score=json.dumps(state.get("scores", {})), steps=sample.STEPS,
-                     guidance=args.guidance, base=max(args.table[number].areas), words=json.dumps(words))
+                     guidance=args.guidance, base=args.table[number].home, words=json.dumps(words))
         if args.lora:
             return lens.save_lora(averaged, out, metadata=notes)
         lens.save_pipeline(out, transformer=averaged, metadata=notes, base=None if has_parts(out) else os.path.relpath(args.parts, out))
@@ -609,7 +609,7 @@ def resume(args, model, ema, optimizers, state):
     args.say(f"resuming {args.out} at step {state['total']} (stage {state['stage']}, step {state['step']})")
     return state.pop("stage")
 
-checkpoints = lambda out: sorted((p for p in Path(out).glob("state-*") if p.name[6:].isdigit()), key=lambda p: int(p.name[6:]))  # oldest first
+checkpoints = lambda out: sorted((p for p in Path(out).glob("state-*") if p.name[6:].isdigit()), key=lambda p: int(p.name[6:]))  # finished ones, oldest first
 has_parts = lambda folder: all((Path(folder) / part / "config.json").exists() for part in ("vae", "text_encoder"))
 
 def dry_run(args):
@@ -760,7 +760,7 @@ def main(argv=None):
     parser.add_argument("--fsdp", action="store_true", help="under torchrun: share weights and moments among ranks (else DDP: each holds all)")
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train an adapter over --init instead of all weights")
     parser.add_argument("--workers", type=int, default=4, help="processes a rank that decode --data")
-    parser.add_argument("--bench", action="store_true", help="train nothing: a JSON line an area, a step of ours beside a naive one")
+    parser.add_argument("--bench", action="store_true", help="train nothing: a JSON line an area, our step beside a naive one (--size, --recompute, --compile)")
     parser.add_argument("--dry-run", action="store_true", help="train nothing: print parameters, memory and FLOPs of each setting")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")

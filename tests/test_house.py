@@ -104,8 +104,8 @@ def test_a_new_user_gets_a_picture_from_the_shipped_toy(tmp_path, capsys):
 
 def test_the_shipped_toy_follows_its_prompts():
     """Its pictures agree with their own prompts clearly more often than with each other's, fact by fact."""
-    rows = [row for task in data.TASKS for row in sample.held_out(task, 6, 128, 128)]
-    pictures = sample.generate([row[2] for row in rows], height=128, width=128, batch_size=36)
+    rows = [row for task in data.TASKS for row in sample.held_out(task, 6, sample.TOY_BASE, sample.TOY_BASE)]
+    pictures = sample.generate([row[2] for row in rows], batch_size=36)
     share = lambda shift: sum(sum(sample.check(p, rows[(i + shift) % len(rows)][1])) / len(rows[(i + shift) % len(rows)][1]) for i, p in enumerate(pictures)) / len(rows)
     assert share(0) >= max(share(7), share(13)) + 0.15
 
@@ -116,9 +116,9 @@ def test_round_trip_of_the_shipped_autoencoder():
 
 def test_the_shipped_students_make_more_pictures_right_than_their_base():
     """Four steps and no guidance, as turbo's own notes say, against the base given the same; RL's adapter too, which never saw so few."""
-    rows = [row for task in data.TASKS for row in sample.held_out(task, 10, 128, 128)]
+    rows = [row for task in data.TASKS for row in sample.held_out(task, 10, sample.TOY_BASE, sample.TOY_BASE)]
     right = lambda pictures: sum(all(sample.check(p, row[1])) for p, row in zip(pictures, rows)) / len(rows)
-    make = lambda pipeline, **how: right(sample.generate([row[2] for row in rows], pipeline, height=128, width=128, batch_size=30, **how))
+    make = lambda pipeline, **how: right(sample.generate([row[2] for row in rows], pipeline, batch_size=30, **how))
     base, turbo = (lens.load_pipeline(ROOT / "weights" / name, "cpu", torch.float32) for name in ("toy", "toy-turbo"))
     assert sample.settings(lens.read_metadata(ROOT / "weights" / "toy-turbo"), None, None) == (4, 1.0)
     plain = make(base, steps=4, guidance=1.0)
