@@ -9,7 +9,7 @@ a change to either means training everything after it again. From nothing to a m
     python train.py --out runs/toy                       # 3. the denoiser: stage 1 on the small area, stage 2 on all
     python sample.py --eval --weights runs/toy           #    the six-task table
 
-    torchrun --nproc-per-node 2 train.py --compile --batch 48,36,24        # only 3, over weights/toy; one process a GPU, or a core
+    python train.py --stage 1 --compile --out runs/quick # the quick recipe: only 3, its first stage, over the parts of weights/toy
     python train.py --bench --compile                    # what a step takes, beside a naive one
     python train.py --size full --dry-run                # what the real size would take; then, with shards of `data.py pack`:
     torchrun --nproc-per-node 8 train.py --size full --stage 2 --data 'shards/*.tar' --parts DIR_OR_REPO --fsdp --recompute selective
@@ -216,17 +216,20 @@ def train_text(args):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages 1 and 2: the denoiser.
+# How often training draws each of data.SHAPES [ours]. With all alike, three quarters of the wrong pictures of a model at 0.80 were wrong in
+# a star alone: five thin arms over few tokens, decided between t = 0.8 and 0.5 (of stars noised to 0.8, 0.62 came back; of squares, all).
+ODDS = (0.11, 0.12, 0.12, 0.37, 0.17, 0.11)
 
 class Stage:
     """What a stage trains on. areas: bases of the buckets, the largest its weights' `home`; batch: pictures a device, by area, so
     that steps of different areas cost about the same; scenes: how many the toy world draws, by area (captions per scene: CAPTIONS);
     lr: AdamW's; muon_lr: Muon's, for the matrices of the blocks (None: AdamW has them too);
-    times: mean and standard deviation of logit(t) (None: the paper's, by the number of tokens);
-    decay: whether the learning rate falls to zero at the end; betas: AdamW's."""
+    times: mean and standard deviation of logit(t) (None: the paper's, by the number of tokens); odds: how often the toy world
+    draws each of data.SHAPES (None: all alike); decay: whether the learning rate falls to zero at the end; betas: AdamW's."""
 
-    def __init__(self, areas, batch, steps, lr, scenes=(), muon_lr=None, times=None, decay=True, betas=(0.9, 0.99)):
+    def __init__(self, areas, batch, steps, lr, scenes=(), muon_lr=None, times=None, decay=True, betas=(0.9, 0.99), odds=ODDS):
         self.areas, self.batch, self.scenes, self.steps, self.home = areas, dict(zip(areas, batch)), dict(zip(areas, scenes)), steps, max(areas)
-        self.lr, self.muon_lr, self.times, self.decay, self.betas = lr, muon_lr, times, decay, betas
+        self.lr, self.muon_lr, self.times, self.decay, self.betas, self.odds = lr, muon_lr, times, decay, betas, odds
 
     def sizes(self, area):                                 # one area: squares; more: its nine ratios [paper]
         return [(area, area)] if len(self.areas) == 1 else data.buckets(area)
@@ -234,19 +237,16 @@ class Stage:
     def counts(self, sizes):                               # {bucket: pictures a device}, those of the area that it comes closest to
         return {b: self.batch[min(self.areas, key=lambda a: abs(math.log(h * w / a**2)))] for b, (h, w) in enumerate(sizes)}
 
-# Where the toy's times sit [ours]: a quarter above 0.9, a fifth below 0.5. What a picture shows is decided near t = 1, where only
-# the text says it, and the paper's mean and spread, 1.0 and 1.0, put a ninth of a run there: after 83,000 pictures the loss at
-# t = 0.97 was 0.89 with mean 1.0, 0.81 with 2.0 (0.93 without text). But 1.75 and 1.25 left 8% below 0.5, where shapes get corners.
+# Where the toy's times sit [ours]: a quarter above 0.9, where the text alone says what to show, a fifth below 0.5, where shapes get corners (1.75
+# and 1.25 left 8% there). After 83,000 pictures the loss at t = 0.97 was 0.89 with the paper's 1.0 and 1.0, 0.81 with 2.0 (0.93 without text).
+# The short stage 1 has 1.0 and 1.2, and all shapes alike: layouts come soon, what a short run lacks is shapes, decided from 0.9 down to 0.4.
 TIMES = (1.25, 1.5)
 STAGES = {"nano": {1: Stage((64,), (16,), 30, 1e-3, (64,), 3e-3, TIMES), 2: Stage((64, 96), (16, 8), 30, 1e-3, (64, 32), 3e-3, TIMES)},
-          "toy": {1: Stage((96,), (96,), 5400, 1.2e-3, (20_000,), 3e-3, TIMES),                       # [ours]
+          "toy": {1: Stage((96,), (48,), 12000, 1.2e-3, (20_000,), 3e-3, (1.0, 1.2), odds=None),          # [ours]
                   2: Stage((64, 96, 128), (96, 72, 48), 12000, 1.2e-3, (2_000, 5_000, 20_000), 3e-3, TIMES)},
           "full": {1: Stage((512,), (24,), 400_000, 2e-4, decay=False, betas=(0.9, 0.999)),        # [paper]
                    2: Stage((512, 768, 1024), (24, 10, 6), 400_000, 1e-4, decay=False, betas=(0.9, 0.999))}}
 CAPTIONS = 2              # kept per scene, each stating other details
-# How often training draws each of data.SHAPES [ours]. With all alike, three quarters of the wrong pictures of a model at 0.80 were wrong in
-# a star alone: five thin arms over few tokens, decided between t = 0.8 and 0.5 (of stars noised to 0.8, 0.62 came back; of squares, all).
-ODDS = (0.11, 0.12, 0.12, 0.37, 0.17, 0.11)
 BRIEF = 0.25              # [ours] share of the captions of "position" scenes that state the relation and nothing else
 DROPOUT = 0.1             # [ours] share of samples trained without text: the unconditional branch that guidance needs
 SPIKE, PATIENCE = 4.0, 10  # [ours] a step whose loss is not finite or over SPIKE times the usual is left out; so many in a row end the run
@@ -262,8 +262,8 @@ def captions_of(scene, rng):
 class Encoding(torch.utils.data.Dataset):
     """Chunks of scenes of one size, drawn, captioned and encoded: (size, tokens [n, h*w, C], text [sum of lengths, K * E], lengths, words)."""
 
-    def __init__(self, chunks, seed, vae, encoder):
-        self.chunks, self.seed, self.vae, self.encoder = chunks, seed, vae, encoder
+    def __init__(self, chunks, odds, seed, vae, encoder):
+        self.chunks, self.odds, self.seed, self.vae, self.encoder = chunks, odds, seed, vae, encoder
 
     @torch.no_grad()
     def __getitem__(self, k):
@@ -271,7 +271,7 @@ class Encoding(torch.utils.data.Dataset):
         pictures, captions, device = [], [], next(self.vae.parameters()).device
         for i in numbers:
             rng = np.random.default_rng((self.seed, area, i))
-            scene = data.random_scene(rng, height, width, odds=ODDS)
+            scene = data.random_scene(rng, height, width, odds=self.odds)
             pictures.append(data.draw(scene, height, width))
             captions += captions_of(scene, rng)
         mean, _ = self.vae.encode(sample.from_pil(pictures).to(device))            # the posterior's mean: sharper than a sample
@@ -289,7 +289,7 @@ class World:
 
     def __init__(self, stage, seed, vae, encoder, path, device):
         self.stage, self.layers, self.digest, self.waited = stage, len(encoder.layers), None, 0.0
-        key = {"seed": seed, "scenes": stage.scenes, "captions": CAPTIONS, "brief": BRIEF, "odds": ODDS,
+        key = {"seed": seed, "scenes": stage.scenes, "captions": CAPTIONS, "brief": BRIEF, "odds": stage.odds,
                "vae": vae.bn.running_mean.double().sum().item()}
         saved = load_state(path)
         if saved and json.loads(json.dumps(key)) == saved[1]["key"]:
@@ -312,7 +312,7 @@ class World:
             sizes = self.stage.sizes(area)                                         # in turn
             chunks += [(area, sizes[k], range(count)[k::len(sizes)][j:j + 64])
                        for k in range(len(sizes)) for j in range(0, len(range(count)[k::len(sizes)]), 64)]
-        loader = torch.utils.data.DataLoader(Encoding(chunks, seed, vae, encoder), batch_size=None, sampler=range(len(chunks)),
+        loader = torch.utils.data.DataLoader(Encoding(chunks, self.stage.odds, seed, vae, encoder), batch_size=None, sampler=range(len(chunks)),
                                              num_workers=os.cpu_count() if device == "cpu" else 0)
         groups, words = {"tokens": {}, "text": {}, "lengths": {}}, set()
         bar = tqdm(total=sum(self.stage.scenes.values()), desc="drawing and encoding scenes", unit="scene", mininterval=2)
@@ -767,7 +767,7 @@ def main(argv=None):
     parser.add_argument("--compile", action="store_true", help="compile the blocks: 1.4x faster after a minute (on a CPU needs a C++ compiler)")
     parser.add_argument("--save-every", type=int, default=250, metavar="N", help="steps")
     parser.add_argument("--eval-every", type=int, default=0, metavar="N", help="steps; six tasks, 20 prompts each; 0: never")
-    parser.add_argument("--preview-every", type=int, default=500, metavar="N", help="steps; 0: never")
+    parser.add_argument("--preview-every", type=int, default=1000, metavar="N", help="steps; 0: never")
     parser.add_argument("--export", metavar="DIR", help="train nothing: score what --out holds and write it there in bf16, to ship")
     args = parser.parse_args(argv)
     lens.require(args.size in lens.SIZES, f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")

@@ -239,6 +239,21 @@ def test_ranks_learn_what_one_process_learns(parts, tmp_path, monkeypatch, capsy
     assert rows(tmp_path / "one")[-1]["loss"] == pytest.approx(rows(tmp_path / "many")[-1]["loss"], rel=1e-4)
 
 
+def test_ranks_take_compiled_blocks(parts, tmp_path, monkeypatch):
+    """--compile under torchrun. Left to itself PyTorch cuts a compiled block where a bucket of DDP's gradients is full, and fails on the cut:
+    the toy's blocks are larger than its first bucket of 1 MiB, nano's than buckets of 1 KB."""
+    command = ["--size", "nano", "--stage", "1", "--steps", "3", "--parts", str(parts), "--preview-every", "0", "--device", "cpu", "--batch", "4"]
+    script = tmp_path / "ranks.py"
+    script.write_text("import functools, sys, torch, sample, train\nsample.pick_dtype = lambda *a: (torch.float32, 'tests compare numbers')\n"
+                      "torch.nn.parallel.DistributedDataParallel = functools.partial(torch.nn.parallel.DistributedDataParallel, bucket_cap_mb=0.001)\n"
+                      "train.main(sys.argv[1:])\n")
+    torchrun(2, script, [*command, "--compile", "--out", tmp_path / "many"])
+    monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare numbers"))
+    train.main([*command, "--accumulate", "2", "--out", str(tmp_path / "one")])
+    losses = [[r["loss"] for r in rows(tmp_path / name)] for name in ("many", "one")]
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_sigterm_saves_and_ends_well(parts, tmp_path, monkeypatch, capsys):
     command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--steps", "8", "--preview-every", "0", "--out", str(tmp_path), "--device", "cpu"]
     step, count = train.flow_matching_loss, [0]
