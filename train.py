@@ -764,7 +764,7 @@ def main(argv=None):
     parser.add_argument("--dry-run", action="store_true", help="train nothing: print parameters, memory and FLOPs of each setting")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks: 1.4x faster after a minute (on a CPU needs a C++ compiler)")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks: 1.1 to 1.4x faster after a minute (on a CPU needs a C++ compiler)")
     parser.add_argument("--save-every", type=int, default=250, metavar="N", help="steps")
     parser.add_argument("--eval-every", type=int, default=0, metavar="N", help="steps; six tasks, 20 prompts each; 0: never")
     parser.add_argument("--preview-every", type=int, default=1000, metavar="N", help="steps; 0: never")
