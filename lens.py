@@ -364,7 +364,7 @@ def build(size, seed=0):
 def quicken(model, vae=None, fullgraph=True):
     """Compiles in place, so that weights keep their names: blocks one by one (alike, they compile once), for all sizes and text lengths."""
     torch._dynamo.config.recompile_limit = 64              # programs of a block: last or not, each branch or both at once, one picture or many
-    torch._dynamo.config.optimize_ddp = False              # it cuts a block where DDP's buckets of gradients end; blocks end often enough
+    torch._dynamo.config.optimize_ddp = False              # would cut a block where a bucket of DDP's gradients is full, and fails on it: dynamic sizes
     [part.compile(fullgraph=fullgraph, dynamic=True) for part in (*model.transformer_blocks, *([vae.decoder] if vae else []))]
 
 # --- 6. Noise levels ------------------------------------------------------------------------------------------------

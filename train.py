@@ -216,16 +216,16 @@ def train_text(args):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages 1 and 2: the denoiser.
+
 # How often training draws each of data.SHAPES [ours]. With all alike, three quarters of the wrong pictures of a model at 0.80 were wrong in
 # a star alone: five thin arms over few tokens, decided between t = 0.8 and 0.5 (of stars noised to 0.8, 0.62 came back; of squares, all).
 ODDS = (0.11, 0.12, 0.12, 0.37, 0.17, 0.11)
 
 class Stage:
-    """What a stage trains on. areas: bases of the buckets, the largest its weights' `home`; batch: pictures a device, by area, so
-    that steps of different areas cost about the same; scenes: how many the toy world draws, by area (captions per scene: CAPTIONS);
-    lr: AdamW's; muon_lr: Muon's, for the matrices of the blocks (None: AdamW has them too);
-    times: mean and standard deviation of logit(t) (None: the paper's, by the number of tokens); odds: how often the toy world
-    draws each of data.SHAPES (None: all alike); decay: whether the learning rate falls to zero at the end; betas: AdamW's."""
+    """What a stage trains on. areas: bases of the buckets, the largest its weights' `home`; batch: pictures a device, by area, so that steps of
+    different areas cost about the same; scenes: how many the toy world draws, by area (captions per scene: CAPTIONS); odds: how often it draws each of
+    data.SHAPES (None: all alike); lr: AdamW's; muon_lr: Muon's, for the matrices of the blocks (None: AdamW has them too); times: mean and standard
+    deviation of logit(t) (None: the paper's, by the number of tokens); decay: whether the learning rate falls to zero at the end; betas: AdamW's."""
 
     def __init__(self, areas, batch, steps, lr, scenes=(), muon_lr=None, times=None, decay=True, betas=(0.9, 0.99), odds=ODDS):
         self.areas, self.batch, self.scenes, self.steps, self.home = areas, dict(zip(areas, batch)), dict(zip(areas, scenes)), steps, max(areas)

@@ -217,14 +217,20 @@ def torchrun(ranks, script, command, timeout=300):
                           timeout=timeout, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}).stdout
 
 
+def steady_script(folder, first=""):
+    """train.py but for the choice of precision, which a clock makes; `first`: a line of Python before it begins."""
+    script = folder / "ranks.py"
+    script.write_text("import functools, sys, torch, sample, train\nsample.pick_dtype = lambda *a: (torch.float32, 'tests compare numbers')\n"
+                      f"{first}\ntrain.main(sys.argv[1:])\n")
+    return script
+
+
 @pytest.mark.parametrize("ranks, how", [(2, ["--fsdp"]), (4, [])])
 def test_ranks_learn_what_one_process_learns(parts, tmp_path, monkeypatch, capsys, ranks, how):
     """torchrun over gloo, DDP and FSDP2, against one process that takes as many device batches a step; some batches are smaller
     than others, and the last step of an epoch leaves a rank with nothing to do. What the ranks saved, one process goes on from."""
     command = ["--size", "nano", "--parts", str(parts), "--save-every", "100", "--preview-every", "0", "--device", "cpu", "--batch", "5,3"]
-    script = tmp_path / "ranks.py"                             # train.py but for the choice of precision, which a clock makes
-    script.write_text("import sys, torch, sample, train\nsample.pick_dtype = lambda *a: (torch.float32, 'tests compare numbers')\ntrain.main(sys.argv[1:])\n")
-    torchrun(ranks, script, [*command, *how, "--steps", "6", "--out", tmp_path / "many"])
+    torchrun(ranks, steady_script(tmp_path), [*command, *how, "--steps", "6", "--out", tmp_path / "many"])
     monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare numbers"))
     train.main([*command, "--accumulate", str(ranks), "--steps", "6", "--out", str(tmp_path / "one")])
     one, many = rows(tmp_path / "one"), rows(tmp_path / "many")
@@ -243,11 +249,8 @@ def test_ranks_take_compiled_blocks(parts, tmp_path, monkeypatch):
     """--compile under torchrun. Left to itself PyTorch cuts a compiled block where a bucket of DDP's gradients is full, and fails on the cut:
     the toy's blocks are larger than its first bucket of 1 MiB, nano's than buckets of 1 KB."""
     command = ["--size", "nano", "--stage", "1", "--steps", "3", "--parts", str(parts), "--preview-every", "0", "--device", "cpu", "--batch", "4"]
-    script = tmp_path / "ranks.py"
-    script.write_text("import functools, sys, torch, sample, train\nsample.pick_dtype = lambda *a: (torch.float32, 'tests compare numbers')\n"
-                      "torch.nn.parallel.DistributedDataParallel = functools.partial(torch.nn.parallel.DistributedDataParallel, bucket_cap_mb=0.001)\n"
-                      "train.main(sys.argv[1:])\n")
-    torchrun(2, script, [*command, "--compile", "--out", tmp_path / "many"])
+    small = "torch.nn.parallel.DistributedDataParallel = functools.partial(torch.nn.parallel.DistributedDataParallel, bucket_cap_mb=0.001)"
+    torchrun(2, steady_script(tmp_path, small), [*command, "--compile", "--out", tmp_path / "many"])
     monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare numbers"))
     train.main([*command, "--accumulate", "2", "--out", str(tmp_path / "one")])
     losses = [[r["loss"] for r in rows(tmp_path / name)] for name in ("many", "one")]
