@@ -164,6 +164,20 @@ def draw(scene, height, width):
         canvas += alpha * (paint * light.astype(np.float32)[..., None] - canvas)
     return Image.fromarray((canvas.clip(0, 255) + 0.5).clip(0, 255).astype(np.uint8))
 
+def labels(scene, height, width):
+    """What covers each cell of 16 x 16 pixels, a token of the denoiser: [h*w, 6] fp32, of the object that has most of it: shape and colour,
+    counted from 1 in the order of SHAPES and COLORS; in cells, its centre seen from the cell's (column, row) and its size; its angle. 0
+    where no object has a seventh."""
+    (h, w), most = (height // 16, width // 16), 1 / 7
+    found, (row, column) = np.zeros((h, w, 6), np.float32), np.mgrid[:h, :w] + 0.5
+    for obj in scene.objects:
+        share = coverage(obj, height, width).reshape(h, 16, w, 16).mean((1, 3))
+        told = np.stack(np.broadcast_arrays(SHAPES.index(obj.shape) + 1, list(COLORS).index(obj.color) + 1, obj.x * w - column, obj.y * h - row,
+                                            obj.size * math.sqrt(h * w), obj.angle), -1)
+        found[share > most] = told[share > most]
+        most = np.maximum(most, share)
+    return found.reshape(h * w, 6)
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Making scenes.
 

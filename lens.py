@@ -325,8 +325,7 @@ class LensTransformer(nn.Module):
         if text is not None:
             require(len(text) == len(self.txt_norm), f"{len(text)} text features given, this model reads {len(self.txt_norm)} layers")
             dtype = self.txt_norm[0].weight.dtype
-            normed = [norm(f.to(dtype)) for norm, f in zip(self.txt_norm, text)]           # K x [B, S, E]
-            txt = self.txt_in(torch.cat(normed, -1))                                       # [B, S, W]
+            txt = self.txt_in(torch.cat([norm(f.to(dtype)) for norm, f in zip(self.txt_norm, text)], -1))          # [B, S, W]
             length = txt.shape[1]
             if text_mask is not None:
                 mask = F.pad(text_mask.bool(), (n, 0), value=True)[:, None, None]          # [B, 1, 1, N+S]
@@ -338,21 +337,22 @@ class LensTransformer(nn.Module):
         time = self.time(t)
         return Modulation(time, tuple(b.modulation(time) for b in self.transformer_blocks), self.norm_out["linear"](F.silu(time)))
 
-    def velocity_from(self, x, modulation, context):
+    def velocity_from(self, x, modulation, context, seen=None):
         img, txt = self.img_in(x), context.txt                                             # [B, N, W], [B, S, W]
         for block, mod in zip(self.transformer_blocks, modulation.blocks):
             img, txt = block(img, txt, modulation.time, mod, context.rope, context.mask)   # [B, N, W], [B, S, W]
+            seen(img) if seen else None
         scale, shift = modulation.out[:, None].chunk(2, -1)                                # scale first here [checkpoint]
         img = torch.addcmul(shift, F.layer_norm(img, img.shape[-1:], eps=1e-6), 1 + scale)    # [B, N, W]
         return self.proj_out(img)                                                          # [B, N, C]
 
-    def forward(self, x, t, text, text_mask, grid):
-        """x [B, h*w, C], t [B] -> velocity [B, h*w, C]. In training each block makes its own modulation, so that recomputing,
-        compiling and sharding (FSDP gathers weights block by block) need nothing from outside the block."""
+    def forward(self, x, t, text, text_mask, grid, seen=None):
+        """x [B, h*w, C], t [B] -> velocity [B, h*w, C]; seen: called with each block's image tokens [B, h*w, W]. In training each block makes its
+        own modulation, so that recomputing, compiling and sharding (FSDP gathers weights block by block) need nothing from outside the block."""
         require(x.shape[1] == grid[0] * grid[1], f"{x.shape[1]} tokens do not fill a grid of {grid[0]} x {grid[1]}")
         time = self.time(t)                                                                # [B, W]
         modulation = Modulation(time, (None,) * len(self.transformer_blocks), self.norm_out["linear"](F.silu(time)))
-        return self.velocity_from(x, modulation, self.prepare(text, text_mask, grid))
+        return self.velocity_from(x, modulation, self.prepare(text, text_mask, grid), seen)
 
 def build(size, seed=0):
     """A fresh denoiser of one of SIZES. Built without storage first, so the global random state is left alone."""

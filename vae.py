@@ -261,6 +261,16 @@ def semantic_loss(head, tokens, cells, shapes):
     offset = (out[here, 1:3] - offset[here]).abs().mean()
     return place + offset + F.cross_entropy(out[here, 3:3 + shapes], shape[here]) + F.cross_entropy(out[here, 3 + shapes:], color[here])
 
+def label_loss(head, img, labels):
+    """For train.py: what covers each token (data.labels [B, N, 6]), read by a Linear off a block's image tokens [B, N, W]: cross-entropy of shape and
+    colour, L1 of the pose; per sample [B]. REPA's thought (arXiv 2410.06940) with facts in the place of a network's features [ours]: who knows what
+    is to be drawn, and which part of it here, can draw it."""
+    import data
+    logits = head(F.rms_norm(img.float(), img.shape[-1:])).float()                           # [B, N, classes + 4]
+    shape, color, pose = logits.split((1 + len(data.SHAPES), 1 + len(data.COLORS), 4), -1)
+    named = sum(F.cross_entropy(x.transpose(1, 2), labels[..., k].long(), reduction="none") for k, x in enumerate((shape, color)))         # [B, N]
+    return (named + (labels[..., 0] > 0) * (pose - labels[..., 2:]).abs().sum(-1)).mean(1)
+
 def losses(vae, head, pixels, cells, noise, args, shapes):
     x = to_images(pixels, noise.device.type)
     mean, logvar = (t.float() for t in vae.encode(x))

@@ -113,6 +113,29 @@ def test_captions_state_what_the_facts_claim():
         assert len({"size", "place", "relation", "background"} & details) >= 2          # dense: no short captions
 
 
+def test_labels_say_what_is_painted_in_each_cell():
+    """Against pixels: painted alone on black, an object fills the cells with its labels by more than a seventh, and more than any other object does."""
+    for i in range(20):
+        height, width = data.BUCKETS[96][i % len(data.BUCKETS[96])]
+        scene = data.random_scene(np.random.default_rng(i), height, width)
+        found, grid = data.labels(scene, height, width), (height // 16, width // 16)
+        plain = [scene._replace(objects=(o._replace(fill="plain"),), tone="black", luminance=(0.0, 0.0), texture="plain") for o in scene.objects]
+        painted = [np.asarray(data.draw(s, height, width), float).max(2) for s in plain]
+        shares = np.stack([[p[16 * r:16 * r + 16, 16 * c:16 * c + 16].mean() / p.max() for r in range(grid[0]) for c in range(grid[1])] for p in painted])
+        for k, (share, (shape, color, x, y, size, angle)) in enumerate(zip(shares.T, found)):
+            if abs(share.max() - 1 / 7) > 0.01:                                    # on the edge itself rounding decides
+                assert (shape > 0) == (share.max() > 1 / 7)
+            if shape:
+                place = (x + k % grid[1] + 0.5) / grid[1], (y + k // grid[1] + 0.5) / grid[0]
+                [mine] = [i for i, o in enumerate(scene.objects) if np.allclose((o.x, o.y), place, atol=1e-5)]
+                obj = scene.objects[mine]
+                assert share[mine] > share.max() - 0.01 and [obj.shape, obj.color] == [data.SHAPES[int(shape) - 1], list(data.COLORS)[int(color) - 1]]
+                assert (size, angle) == pytest.approx((obj.size * (grid[0] * grid[1]) ** 0.5, obj.angle), abs=1e-5)
+            else:
+                assert not found[k].any()
+        assert found[:, 0].any()
+
+
 def test_brief_requests_state_only_what_the_task_is_about():
     for i in range(200):
         scene, details, words = sample.sampled(9, 0, i, 96, 96, style="brief")

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import lens
 import sample
 import train
+import vae as autoencoder
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,27 @@ def test_the_loss_is_zero_for_the_true_velocity_and_its_least_value_is_the_mean(
     assert train.flow_matching_loss(exact, tokens, None, None, (2, 3), noise, t).max() == 0
     silent = lambda x_t, t, *_: torch.zeros_like(x_t)
     assert torch.allclose(train.flow_matching_loss(silent, tokens, None, None, (2, 3), noise, t), (noise - tokens).square().mean((1, 2)))
+
+
+def test_labels_are_learnt_from_an_early_block_and_leave_no_trace(parts, tmp_path, monkeypatch):
+    """The term beside the velocity's: what it is without knowledge and with all of it; that it falls; that what is saved to sample from has no part of it."""
+    model = lens.build("nano").requires_grad_(False)
+    [p.normal_(std=0.2) for name, p in model.named_parameters() if "_mod" in name]         # gates start at zero, where every block gives the same
+    x, t, text, seen = torch.randn(2, 6, 16), torch.rand(2), [torch.randn(2, 3, 32)] * 2, []
+    assert torch.equal(model(x, t, text, None, (2, 3), seen.append), model(x, t, text, None, (2, 3)))
+    assert [s.shape for s in seen] == [(2, 6, 32)] * 2 and not torch.allclose(seen[0], seen[1])
+    shapes, colors = len(data.SHAPES) + 1, len(data.COLORS) + 1
+    labels = torch.cat([torch.arange(6.0).expand(2, -1)[..., None], torch.zeros(2, 6, 1), torch.full((2, 6, 4), 0.5)], -1)
+    ignorant = lambda img: torch.zeros(2, 6, shapes + colors + 4)                  # the pose, 4 times 0.5, counts where a shape is: 5 tokens of 6
+    assert torch.allclose(autoencoder.label_loss(ignorant, seen[0], labels), torch.tensor(np.log(shapes) + np.log(colors) + 2 * 5 / 6).float())
+    wise = lambda img: torch.cat([50.0 * F.one_hot(labels[..., k].long(), n) for k, n in enumerate((shapes, colors))] + [labels[..., 2:]], -1)
+    assert autoencoder.label_loss(wise, seen[0], labels).max() < 1e-6
+    monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "the same on every machine"))
+    command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--preview-every", "0", "--device", "cpu"]
+    train.main([*command, "--steps", "150", "--out", str(tmp_path)])
+    told = [r["label_loss"] for r in rows(tmp_path)]
+    assert told[0] > np.log(shapes) + np.log(colors) - 1e-3 and np.mean(told[-5:]) < 0.8 * told[0]
+    assert weights(tmp_path).keys() == model.state_dict().keys()
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():
