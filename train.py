@@ -242,7 +242,7 @@ class Stage:
 # Labels: after 900 steps 4% off the loss, 5% between 0.75 and 0.5; shape and colour alone 2 and 4%, the same at 1.0 instead of 0.2 nothing.
 TIMES = (1.25, 1.5)
 STAGES = {"nano": {1: Stage((64,), (16,), 30, 1e-3, (64,), 3e-3, TIMES, labels=0.2), 2: Stage((64, 96), (16, 8), 30, 1e-3, (64, 32), 3e-3, TIMES)},
-          "toy": {1: Stage((128,), (48,), 10800, 1.2e-3, (20_000,), 3e-3, (1.0, 1.2), odds=None, labels=0.2),   # [ours]
+          "toy": {1: Stage((128,), (48,), 8500, 1.2e-3, (20_000,), 3e-3, (2.0, 1.5), odds=None, labels=0.2),   # [ours]
                   2: Stage((64, 96, 128), (96, 72, 48), 12000, 1.2e-3, (2_000, 5_000, 20_000), 3e-3, TIMES)},
           "full": {1: Stage((512,), (24,), 400_000, 2e-4, decay=False, betas=(0.9, 0.999)),        # [paper]
                    2: Stage((512, 768, 1024), (24, 10, 6), 400_000, 1e-4, decay=False, betas=(0.9, 0.999))}}
