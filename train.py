@@ -238,8 +238,8 @@ class Stage:
 
 # Where the toy's times sit [ours]: a quarter above 0.9, where the text alone says what to show, a fifth below 0.5, where shapes get corners (1.75
 # and 1.25 left 8% there). After 83,000 pictures the loss at t = 0.97 was 0.89 with the paper's 1.0 and 1.0, 0.81 with 2.0 (0.93 without text).
-# The short stage 1 has 1.0 and 1.2, and all shapes alike: layouts come soon, what a short run lacks is shapes, decided from 0.9 down to 0.4.
-# Labels: after 900 steps 4% off the loss, 5% between 0.75 and 0.5; shape and colour alone 2 and 4%, the same at 1.0 instead of 0.2 nothing.
+# The short stage 1 has 2.0 and 1.5, and all shapes alike. Its labels teach the shapes soon (4% off the loss after 900 steps, 5% between 0.75 and
+# 0.5), so its times can go to where the text decides what and where: 0.69 after 8,500 steps; with 1.0 and 1.2 clean, wrong shapes: 0.41 after 10,800.
 TIMES = (1.25, 1.5)
 STAGES = {"nano": {1: Stage((64,), (16,), 30, 1e-3, (64,), 3e-3, TIMES, labels=0.2), 2: Stage((64, 96), (16, 8), 30, 1e-3, (64, 32), 3e-3, TIMES)},
           "toy": {1: Stage((128,), (48,), 8500, 1.2e-3, (20_000,), 3e-3, (2.0, 1.5), odds=None, labels=0.2),   # [ours]
@@ -480,7 +480,7 @@ def train_stage(number, args, source, model, parallel, ema, optimizers, state, l
     plan = lambda epoch: data.plan(source.buckets, source.lengths(epoch), batch, args.seed, epoch)
     sizes = [(len(samples), batch[b]) for b, samples, _ in plan(0)]                # the same in every epoch, but for their order
     epoch_length = -(-len(sizes) // group)
-    lens.require(state.setdefault("data", source.digest) == source.digest, f"--data: not the shards that {args.out} began with; give another --out, or those")
+    lens.require(state.setdefault("data", source.digest) == source.digest, f"--data: not those that the run in {args.out} began with; give another --out")
     args.say(f"an epoch is {epoch_length} steps of {group} device batches; {sum(count < full for count, full in sizes)} batches "
              "are smaller: what was left over in their buckets")
     bar = tqdm(total=steps, initial=state["step"], desc=f"stage {number}", unit="step", mininterval=2, disable=args.rank > 0)
@@ -686,7 +686,7 @@ def train_denoiser(args):
     out, config = Path(args.out), lens.SIZES[args.size].transformer
     args.labels = not (args.data or args.lora) and any(args.table[n].labels for n in args.stages)
     _, args.vae, args.encoder = lens.load_pipeline(args.parts, args.device, None if args.size == "full" else torch.float32, parts=("vae", "text_encoder"))
-    lens.require(config.in_channels == 4 * args.vae.config["latent_channels"], f"--parts {args.parts}: its autoencoder is not that of size {args.size}")
+    lens.require(config.in_channels == 4 * args.vae.config["latent_channels"], f"--parts {args.parts}: autoencoder is not the one that size {args.size} has")
     model = (lens.load_transformer(args.init, args.device, torch.float32) if args.init else lens.build(args.size, args.seed).to(args.device)).train()
     lens.require(model.config == config, f"--init {args.init}: its weights are not of size {args.size}")
     args.encoder.layers = config.selected_layer_index                        # a folder of parts alone does not say which
