@@ -452,16 +452,16 @@ def train_step(args, source, model, parallel, rows, total, stream, stage, state,
             parallel.require_backward_grad_sync = last
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=state["bf16"]):
             losses = flow_matching_loss(parallel, tokens, text, mask, (height // 16, width // 16), noise, t, img.append if args.labels else None)
-            told = autoencoder.label_loss(model.label_head, img[len(img) // 3], move(source.labels_of(bucket, samples))) if args.labels else sums[:1] * 0
+            covering = autoencoder.label_loss(model.label_head, img[len(img) // 3], move(source.labels_of(bucket, samples))) if args.labels else sums[:1] * 0
         # DDP and FSDP average over ranks: the mean of the whole step
-        ((losses.sum() + factor * stage.labels * told.sum()) * (weight * args.ranks / total)).backward()
+        ((losses.sum() + factor * stage.labels * covering.sum()) * (weight * args.ranks / total)).backward()
         work += weight * len(samples) * flops(model, tokens.shape[1], text[0].shape[1])
         quarter = (4 * t).long().clamp(max=3)
         sums[0] += weight * losses.detach().sum()
         sums[1:5].index_add_(0, quarter, weight * losses.detach())
         sums[5:9].index_add_(0, quarter, weight * torch.ones_like(losses))
         sums[10] += weight * len(faults)
-        sums[11] += weight * told.detach().sum()
+        sums[11] += weight * covering.detach().sum()
         print("".join(f"replaced by the next of its bucket: {fault}\n" for fault in faults if weight), end="", file=sys.stderr)
     sums[9] += len(args.notice)
     if args.ranks > 1:
