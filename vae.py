@@ -261,13 +261,21 @@ def semantic_loss(head, tokens, cells, shapes):
     offset = (out[here, 1:3] - offset[here]).abs().mean()
     return place + offset + F.cross_entropy(out[here, 3:3 + shapes], shape[here]) + F.cross_entropy(out[here, 3 + shapes:], color[here])
 
+def label_sizes():
+    import data
+    return 1 + len(data.SHAPES), 1 + len(data.COLORS), 4      # none or a shape, none or a colour, pose
+
+def label_head(width):
+    """The Linear that label_loss reads with, [W] -> [classes + 4], all zeros: it knows nothing yet."""
+    head = nn.Linear(width, sum(label_sizes()))
+    nn.init.zeros_(head.weight); nn.init.zeros_(head.bias)
+    return head
+
 def label_loss(head, img, labels):
     """For train.py: what covers each token (data.labels [B, N, 6]), read by a Linear off a block's image tokens [B, N, W]: cross-entropy of shape and
     colour, L1 of the pose; per sample [B]. REPA's thought (arXiv 2410.06940) with facts in the place of a network's features [ours]: who knows what
     is to be drawn, and which part of it here, can draw it."""
-    import data
-    logits = head(F.rms_norm(img.float(), img.shape[-1:])).float()                           # [B, N, classes + 4]
-    shape, color, pose = logits.split((1 + len(data.SHAPES), 1 + len(data.COLORS), 4), -1)
+    shape, color, pose = head(F.rms_norm(img.float(), img.shape[-1:])).float().split(label_sizes(), -1)            # [B, N, classes or 4] each
     named = sum(F.cross_entropy(x.transpose(1, 2), labels[..., k].long(), reduction="none") for k, x in enumerate((shape, color)))         # [B, N]
     return (named + (labels[..., 0] > 0) * (pose - labels[..., 2:]).abs().sum(-1)).mean(1)
 

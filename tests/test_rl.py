@@ -1,5 +1,4 @@
 """Reward RL: the loss against known answers, judges against a bad server, and a run that is killed."""
-import functools
 import json
 import math
 import os
@@ -238,13 +237,11 @@ def test_resume_goes_on_to_the_bit(base, tmp_path):
     assert whole[0]["drift"] == 0 and whole[-1]["drift"] > 0
 
 
-def test_killed_runs_give_the_same_rewards_and_weights(base, tmp_path, request):
-    """The killed run is a process of its own, the whole one is not: late in the suite a KL of 1e-9 differed between them in its eighth digit."""
-    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
-    torch.set_num_threads(1)
+def test_killed_runs_give_the_same_rewards_and_weights(base, tmp_path):
+    torch.backends.cuda.enable_flash_sdp(True)             # as the process that is killed has it: training `base` here has turned it off
     command = [sys.executable, str(ROOT / "rl.py"), "--size", "nano", "--init", str(base), "--out", str(tmp_path / "k"), "--pool", "12", "--eval-every", "0",
                "--preview-every", "0", "--dtype", "fp32", "--save-every", "1", "--steps", "4"]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.time() + 120
     while time.time() < end and not (tmp_path / "k" / "state.safetensors").exists():
         time.sleep(0.05)
@@ -252,9 +249,7 @@ def test_killed_runs_give_the_same_rewards_and_weights(base, tmp_path, request):
     run.wait()
     killed = go(base, tmp_path / "k", "--steps", "4")
     whole = go(base, tmp_path / "w", "--steps", "4")
-    assert len(killed) == len(whole) == 4
-    for a, b in zip(killed, whole):
-        assert [a[k] for k in KEPT] == pytest.approx([b[k] for k in KEPT], rel=1e-5, abs=1e-9)
+    assert [[row[k] for k in KEPT] for row in killed] == [[row[k] for k in KEPT] for row in whole]
 
 
 def test_two_processes_do_what_one_does(base, tmp_path):
