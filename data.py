@@ -742,19 +742,23 @@ def stats(args):
     pictures, captions, faults = zip(*found)
     words = np.quantile([len(caption.split()) for caption, in captions], (0.05, 0.5, 0.95))
     print(f"words a caption (5%, half, 95%): {words.round().astype(int).tolist()}", *sum(faults, []), sep="\n")
-    sheet([Image.fromarray(p[0]) for p in pictures[:24] if p.ndim == 4]).save(args.out)
+    shown = [Image.fromarray(p[0]) for p in pictures[:24] if p.ndim == 4]
+    contact_sheet([ImageOps.contain(image, (128, 128)) if max(image.size) > 128 else image for image in shown], 6).save(args.out)
 
-def sheet(images):
-    page = Image.new("RGB", (6 * 132, 4 * 132), "white")
-    for i, image in enumerate(images):
-        page.paste(ImageOps.contain(image, (128, 128)) if max(image.size) > 128 else image, (i % 6 * 132, i // 6 * 132))
-    return page
+def contact_sheet(images, columns=None):
+    """All pictures in one, a grid of equal cells; of none, an empty row."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    w, h = (max((i.size[side] for i in images), default=128) for side in (0, 1))
+    sheet = Image.new("RGB", (columns * (w + 4) - 4, max(1, math.ceil(len(images) / columns)) * (h + 4) - 4), "white")
+    for k, image in enumerate(images):
+        sheet.paste(image, (k % columns * (w + 4), k // columns * (h + 4)))
+    return sheet
 
 def draw_world(args):
     """A contact sheet of the toy world and its captions."""
     scenes = [sample(0, 0, i, 128, 128) for i in range(24)]
     print(*(f"{i // 6 + 1}.{i % 6 + 1}  {words}" for i, (*_, words) in enumerate(scenes)), sep="\n")
-    sheet([draw(scene, 128, 128) for scene, *_ in scenes]).save(args.out)
+    contact_sheet([draw(scene, 128, 128) for scene, *_ in scenes], 6).save(args.out)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="The toy world; and pictures of your own as tar shards to train on.",

@@ -437,7 +437,7 @@ def sheet(args, path):
             args.rows[name] = args.rank == 0 and sample.generate(
                 prompts, (model, args.vae, args.encoder), height=args.home[0], width=args.home[1], steps=steps, guidance=guidance)
     if args.rank == 0:
-        lens.replace_file(path, lambda new: sample.contact_sheet(sum(args.rows.values(), []), len(prompts)).save(new, "PNG"))
+        lens.replace_file(path, lambda new: data.contact_sheet(sum(args.rows.values(), []), len(prompts)).save(new, "PNG"))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop.
@@ -459,8 +459,6 @@ def distill(args):
     lens.require(base.config == config, f"--teacher {args.teacher}: its weights are not of size {args.size}")
     make_nets(args, base, dtype)
     args.heads, args.rows = make_heads(config, args.seed).to(args.device), {}
-    if args.device == "cpu":
-        torch.backends.cuda.enable_flash_sdp(False)                                # as in train.py: slow on short sequences
     rates = {"student": args.lr, "fake": args.lr * how.fake_lr / how.stage.lr, "heads": how.heads_lr}
     optimizers = make_optimizers(args, rates)
     state = resume(args, optimizers)
@@ -468,11 +466,12 @@ def distill(args):
         optimizer.param_groups[0]["lr"] = rates[who]
     # a resumed run keeps to what it began with
     state["bf16"] = dtype == torch.bfloat16 if state["bf16"] is None else state["bf16"]
+    kernel = train.pick_attention(args, dtype, how.stage.home, state)
     args.bf16, log, notice = state["bf16"], train.Log(out, state["step"]) if args.rank == 0 else None, train.on_notice()
     count = sum(p.numel() for p in args.trained["student"].values())
     args.say(f"{args.size}: {'LoRA of rank ' + str(args.lora) if args.lora else 'all weights'}, "
              f"{count:,} parameters each in student and fake, {sum(p.numel() for p in args.heads.parameters()):,} in the heads, "
-             f"on {args.ranks} x {args.device}; fp32 weights, {'bf16' if args.bf16 else 'fp32'} compute: {why}\n"
+             f"on {args.ranks} x {args.device}; fp32 weights, {'bf16' if args.bf16 else 'fp32'} compute: {why}; {kernel}\n"
              f"without: {', '.join(sorted(args.without)) or 'nothing'}; guidance {args.guidance:g}")
     if args.rank > 0:
         # rank 0 draws the world, or indexes the shards; the others then read what it wrote

@@ -26,10 +26,10 @@ One toy picture, 96 rows by 64 columns, with 12 text tokens (tests/test_lens.py 
 Labels: [paper] arXiv 2605.21573, [checkpoint] what the released weights need, [ours] our own choice.
 """
 
-import importlib.util, json, math, os, re, warnings
+import importlib.util, itertools, json, math, os, re, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,8 +112,7 @@ TOY_VAE = dict(block_out_channels=[16, 32, 64, 96], latent_channels=8, norm_num_
 
 def yarn(original):
     # GPT-OSS stretches its rotary positions by YaRN. Left out, the features come out silently wrong (cosine 0.94).
-    return dict(rope_type="yarn", rope_theta=150000.0, factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
-                original_max_position_embeddings=original)
+    return dict(rope_type="yarn", rope_theta=150000.0, factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=original)
 
 GPT_OSS_20B = dict(model_type="gpt_oss", num_hidden_layers=24, hidden_size=2880, intermediate_size=2880, num_attention_heads=64,
                    num_key_value_heads=8, head_dim=64, num_local_experts=32, num_experts_per_tok=4, sliding_window=128,
@@ -134,12 +133,10 @@ SIZES = {  # [ours] but for full [checkpoint]
     # toy: what weights/toy ships, trained on two CPU cores
     "toy": Size(LensConfig(in_channels=32, out_channels=8, num_layers=5, attention_head_dim=32, num_attention_heads=5, inner_dim=160,
                            enc_hidden_dim=96, axes_dims_rope=(8, 12, 12), selected_layer_index=(0, 1, 2, 3)), TOY_VAE, TOY_GPT_OSS),
-    # small: one consumer GPU, with the real VAE and the real text encoder
-    "small": Size(LensConfig(num_layers=8, num_attention_heads=6, inner_dim=384), FULL_VAE, GPT_OSS_20B),
+    "small": Size(LensConfig(num_layers=8, num_attention_heads=6, inner_dim=384), FULL_VAE, GPT_OSS_20B),      # one consumer GPU, all else full-size
     # 1b: the paper's ablation model "Lens-Toy", 1.2B with Qwen3-0.6B [paper]; its layout is unpublished, this one is [ours]
     "1b": Size(LensConfig(num_layers=14, enc_hidden_dim=1024, selected_layer_index=(6, 13, 20, 27)), FULL_VAE, QWEN3_06B),
-    # full: the released model
-    "full": Size(LensConfig(), FULL_VAE, GPT_OSS_20B),
+    "full": Size(LensConfig(), FULL_VAE, GPT_OSS_20B),                                                         # the released model
 }
 
 # --- 3. Rotary positions [checkpoint]: attention learns "two rows up" instead of absolute places --------------------
@@ -256,7 +253,6 @@ class Context(NamedTuple):
     txt: Tensor | None         # [B, S, W], or None: no text at all
     rope: Tensor               # [N + S, 1, head_dim/2, 2]
     mask: Tensor | None        # [B, 1, 1, N + S], True where a key is visible, or None: all are
-    grid: tuple
 
 class Modulation(NamedTuple):
     """What depends on t alone: a third of the full model's weights. Made for all steps in one batch, then taken by `at`."""
@@ -264,24 +260,24 @@ class Modulation(NamedTuple):
     blocks: tuple              # per block (image [T, 6, 1, W], text [T, 6, 1, W]), or None: the block makes its own
     out: Tensor                # [T, 2W]
 
-    def at(self, i):           # row i, to be used for every picture of a batch
-        return Modulation(self.time[i:i + 1], tuple(b and (b[0][i:i + 1], b[1][i:i + 1]) for b in self.blocks), self.out[i:i + 1])
+    def at(self, i):           # row i (a number, or [1] on the device), to be used for every picture of a batch
+        row = i if torch.is_tensor(i) else slice(i, i + 1)
+        return Modulation(self.time[row], tuple(b and (b[0][row], b[1][row]) for b in self.blocks), self.out[row])
 
 class LensTransformer(nn.Module):
     """4B at full size. State dict names and shapes are exactly the released checkpoint's, odd ones included."""
+    graph = False                                          # whether a sampler plays its steps back from a CUDA graph
 
     def __init__(self, config):
         super().__init__()
         width = config.inner_dim
         self.config = config
-        self.time_text_embed = nn.ModuleDict({"timestep_embedder": nn.ModuleDict(
-            {"linear_1": nn.Linear(256, width), "linear_2": nn.Linear(width, width)})})
+        self.time_text_embed = nn.ModuleDict({"timestep_embedder": nn.ModuleDict({"linear_1": nn.Linear(256, width), "linear_2": nn.Linear(width, width)})})
         # GPT-OSS features reach 1e4, each layer at its own scale: each has its own norm before they are mixed.
         self.txt_norm = nn.ModuleList([RMSNorm(config.enc_hidden_dim, 1e-5) for _ in config.selected_layer_index])
         self.txt_in = nn.Linear(config.enc_hidden_dim * len(config.selected_layer_index), width)
         self.img_in = nn.Linear(config.in_channels, width)
-        self.transformer_blocks = nn.ModuleList(
-            [Block(width, config.attention_head_dim, i == config.num_layers - 1) for i in range(config.num_layers)])
+        self.transformer_blocks = nn.ModuleList([Block(width, config.attention_head_dim, i == config.num_layers - 1) for i in range(config.num_layers)])
         self.norm_out = nn.ModuleDict({"linear": nn.Linear(width, 2 * width)})
         self.proj_out = nn.Linear(width, config.in_channels)
 
@@ -294,11 +290,9 @@ class LensTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
-        for linear in self.time_text_embed["timestep_embedder"].values():
-            nn.init.normal_(linear.weight, std=0.02, generator=generator)
+        [nn.init.normal_(linear.weight, std=0.02, generator=generator) for linear in self.time_text_embed["timestep_embedder"].values()]
         zero = [m for b in self.transformer_blocks for m in (b.img_mod[1], b.txt_mod[1])] + [self.norm_out["linear"], self.proj_out]
-        for linear in zero:
-            nn.init.zeros_(linear.weight)
+        [nn.init.zeros_(linear.weight) for linear in zero]
         return self
 
     def unread(self):
@@ -330,7 +324,7 @@ class LensTransformer(nn.Module):
             if text_mask is not None:
                 mask = F.pad(text_mask.bool(), (n, 0), value=True)[:, None, None]          # [B, 1, 1, N+S]
         rope = rope_table(tuple(grid), length, tuple(self.config.axes_dims_rope), self.txt_norm[0].weight.device)
-        return Context(txt, rope, mask, tuple(grid))
+        return Context(txt, rope, mask)
 
     def modulation(self, t):
         """Everything that depends on t alone, for any number of times at once."""
@@ -367,11 +361,34 @@ def quicken(model, vae=None, fullgraph=True):
     torch._dynamo.config.optimize_ddp = False              # would cut a block where a bucket of DDP's gradients is full, and fails on it: dynamic sizes
     [part.compile(fullgraph=fullgraph, dynamic=True) for part in (*model.transformer_blocks, *([vae.decoder] if vae else []))]
 
+def e4m3(x, dim=()):
+    """(x / scale in 8 bits, scale [fp32]): one scale for all of x, or one for each slice along dim. e4m3 keeps three bits of a number below 448,
+    so each is off by up to 6%; the scales are powers of two, which rounds nothing more: what was fp8 once stays as it is."""
+    scale = (x.abs().amax(dim, keepdim=True).float().clamp_min(1e-12) / 448).log2().ceil().exp2()
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+class Fp8Linear(nn.Module):
+    """y = W x + b by products of 8-bit numbers [ours]: W with a scale a row, made once; x with a scale a token, made here."""
+    def __init__(self, linear):
+        super().__init__()
+        self.bias, (self.weight, self.scale) = linear.bias, map(nn.Buffer, e4m3(linear.weight.detach(), 1))      # [out, in], [out, 1]
+
+    def forward(self, x):                                                                  # [B, N, in]
+        rows, scale = e4m3(x.flatten(0, 1), 1)                                             # [B*N, in], [B*N, 1]
+        return torch._scaled_mm(rows, self.weight.t(), scale, self.scale.t(), self.bias, out_dtype=x.dtype, use_fast_accum=True).unflatten(0, x.shape[:2])
+
+def to_fp8(model):
+    """The image stream's matrices in 8 bits, in place, but for sides not divisible by 16, which the kernels cannot do (the toy's MLP).
+    Text and modulation stay: they are few tokens, or one row."""
+    for block, name in itertools.product(model.transformer_blocks, ("attn.img_qkv", "attn.to_out.0", "img_mlp.w1", "img_mlp.w2", "img_mlp.w3")):
+        if not any(side % 16 for side in block.get_submodule(name).weight.shape):
+            block.set_submodule(name, Fp8Linear(block.get_submodule(name)))
+    return model
+
 # --- 6. Noise levels ------------------------------------------------------------------------------------------------
 def sigmas(image_tokens, steps):
-    """Levels of the sampler, fp32 [steps + 1], 1 first and 0 last. More tokens show the same picture through more noise,
-    so larger pictures spend more of their steps near t = 1. The fit of mu is empirical [checkpoint]; constants that
-    other code bases use (1.15, 1.83) are not it."""
+    """Levels of the sampler, fp32 [steps + 1], 1 first and 0 last. More tokens show the same picture through more noise, so larger pictures
+    spend more of their steps near t = 1. The fit of mu is empirical [checkpoint]; constants that other code bases use (1.15, 1.83) are not it."""
     hi = 0.00016927 * image_tokens + 0.45666666
     lo = 8.73809524e-05 * image_tokens + 1.89833333
     mu = hi if image_tokens > 4300 else lo + (hi - lo) * (steps - 10) / (200 - 10)         # lo at 10 steps, hi at 200
@@ -379,14 +396,9 @@ def sigmas(image_tokens, steps):
     sigma = math.exp(mu) / (math.exp(mu) + 1 / sigma - 1)
     return torch.cat([sigma, sigma.new_zeros(1)]).float()
 
-def timestep_mu(image_tokens):
-    """Where training times sit: t = sigmoid(mu + normal), mu from 1.0 at 256 tokens to 1.3 at 4096 [paper]."""
-    return 1.0 + 0.3 * (image_tokens - 256) / (4096 - 256)
-
 # --- 7. Text: a frozen language model reads the prompt; four of its layers are the condition ------------------------
 DATE = "2026-05-23"         # [ours] frozen. With today's date in the chat, as in the reference, one seed drifts from day to day.
-DESCRIBE = ("Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
-            "objects and background.")
+DESCRIBE = ("Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the objects and background.")
 
 CHAT = {  # what stands before and after the prompt, to the letter
     "gpt_oss": (  # [checkpoint]
@@ -413,12 +425,9 @@ def text_features(hf_model, input_ids, attention_mask, layers):
     """Hidden states after the given blocks -> list of [B, S, E], padding zeroed. Hooks, because `output_hidden_states`
     passes the last one through the final norm, which the denoiser was not trained on [checkpoint]."""
     base = getattr(hf_model, "model", hf_model)            # without the head: its logits cost more than a block
-    require(-1 < min(layers) <= max(layers) < len(base.layers),
-            f"text layers {tuple(layers)} asked of an encoder with {len(base.layers)} blocks")
-    seen = {}
-    def keep(i):
-        return lambda _module, _args, out: seen.update({i: out[0] if isinstance(out, tuple) else out})
-    hooks = [base.layers[i].register_forward_hook(keep(i)) for i in layers]
+    require(-1 < min(layers) <= max(layers) < len(base.layers), f"text layers {tuple(layers)} asked of an encoder with {len(base.layers)} blocks")
+    seen, keep = {}, lambda i, _module, _args, out: seen.update({i: out[0] if isinstance(out, tuple) else out})
+    hooks = [base.layers[i].register_forward_hook(partial(keep, i)) for i in layers]
     try:
         base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     finally:
@@ -428,11 +437,9 @@ def text_features(hf_model, input_ids, attention_mask, layers):
 
 class TextEncoder:
     """A language model, its tokenizer, and which layers to read. `model` keeps its head where it has one: it can also write."""
-
     def __init__(self, model, tokenizer, layers, date=DATE, max_length=512):
         self.model, self.tokenizer, self.layers = model.eval().requires_grad_(False), tokenizer, tuple(layers)
-        self.date, self.max_length = date, max_length
-        self.kind = model.config.model_type
+        self.date, self.max_length, self.kind = date, max_length, model.config.model_type
         require(self.kind in CHAT, f"text encoder of type {self.kind!r}: known are {', '.join(CHAT)}")
 
     def chat(self):                                        # what stands before and after the prompt
@@ -442,9 +449,8 @@ class TextEncoder:
         return strip_markers(prompt).join(self.chat())
 
     def tokenize(self, prompts):
-        """-> (a list of ids per prompt, the offset where the prompt begins). Head, prompt and tail are tokenized apart: they
-        meet at markers, so the ids are those of the whole, and a cut falls on the prompt alone. A cut tail would cost the
-        features of the words that follow every prompt."""
+        """-> (a list of ids per prompt, the offset where the prompt begins). Head, prompt and tail are tokenized apart: they meet at markers, so the
+        ids are those of the whole, and a cut falls on the prompt alone. A cut tail would cost the features of the words that follow every prompt."""
         tokens = lambda text: self.tokenizer(text, add_special_tokens=False)["input_ids"]
         head, tail = map(tokens, self.chat())
         room, rows = self.max_length - len(head) - len(tail), []
@@ -513,7 +519,6 @@ LORA_TARGETS = ("img_qkv", "txt_qkv", "to_out.0", "to_add_out", "w1", "w2", "w3"
 class LoRALinear(nn.Module):
     """y = W x + b + strength * alpha / rank * B A x. Holds several adapters by name on one base ("new" and "old" in RL), of
     which one is active, or none. `weight` and `bias` stay where they were: state dict names do not change under it."""
-
     def __init__(self, linear):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
@@ -559,8 +564,7 @@ def add_lora(model, rank, alpha, targets=LORA_TARGETS, name="default", generator
         if not isinstance(layer := model.get_submodule(n), LoRALinear):
             model.set_submodule(n, layer := LoRALinear(layer))
         layer.add(name, rank, alpha, generator)
-    for n, p in model.named_parameters():
-        p.requires_grad_(p.requires_grad and "lora_" in n)
+    [p.requires_grad_(p.requires_grad and "lora_" in n) for n, p in model.named_parameters()]
     set_lora(model, name)
     return len(found)
 
@@ -602,8 +606,7 @@ def load_lora(model, path, strength=1.0):
     for name, part in found.items():
         require({"A", "B"} <= part.keys(), f"{file}: {name} lacks one of its two matrices")
         a, b, want = tuple(part["A"].shape), tuple(part["B"].shape), tuple(layers[name].weight.shape)
-        require(len(a) == len(b) == 2 and (b[0], a[1]) == want and b[1] == a[0],
-                f"{file}: {name}: B {b} times A {a} does not give the weight's {want}")
+        require(len(a) == len(b) == 2 and (b[0], a[1]) == want and b[1] == a[0], f"{file}: {name}: B {b} times A {a} does not give the weight's {want}")
     for name, part in found.items():
         rank, weight = part["A"].shape[0], layers[name].weight
         scale = strength * float(part.get("alpha", rank if default is None else default)) / (rank ** 0.5 if config.get("use_rslora") else rank)
@@ -687,8 +690,7 @@ def fill(module, files, device, dtype):
     """Moves tensors one by one from files into a module built on the meta device: host memory never holds a second copy."""
     stored = {PREFIX.sub("", key): (handle, key) for handle in map(open_safetensors, files) for key in handle.keys()}
     # fp8 files hold weight / scale with the scale beside it; their other notes are for kernels that we do not use.
-    scales = {re.sub(r"(scale_weight|weight_scale)$", "weight", n): stored.pop(n)
-              for n in list(stored) if n.endswith((".scale_weight", ".weight_scale"))}
+    scales = {re.sub(r"(scale_weight|weight_scale)$", "weight", n): stored.pop(n) for n in list(stored) if n.endswith((".scale_weight", ".weight_scale"))}
     stored = {n: at for n, at in stored.items() if not n.endswith(("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant"))}
     wanted = module.state_dict(keep_vars=True)
     missing, extra = wanted.keys() - stored.keys(), (stored.keys() | scales.keys()) - wanted.keys()
@@ -763,17 +765,15 @@ def load_pipeline(path_or_repo, device="cpu", dtype=None, parts=("transformer", 
             load_text_encoder(path, device, dtype, date) if "text_encoder" in parts else None)
 
 def save_pipeline(folder, transformer=None, vae=None, text_encoder=None, metadata=None, dtype=None, weights=None, base=None):
-    """Writes the layout that load_pipeline reads. weights: a state dict to store instead of the denoiser's own (EMA,
-    gathered from shards, or fp8 with its scales, which stays fp8). base: where the parts not stored here are, as a path from folder.
-    metadata: notes for read_metadata."""
+    """Writes the layout that load_pipeline reads. weights: a state dict to store instead of the denoiser's own (EMA, gathered from shards, or fp8 with
+    its scales, which stays fp8). base: where the parts not stored here are, as a path from folder. metadata: notes for read_metadata."""
     folder = Path(folder)
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").exists() else {"_class_name": "LensPipeline"}
     for part, module, title in (("transformer", transformer, "LensTransformer2DModel"), ("vae", vae, "AutoencoderKLFlux2")):
         if module is None:
             continue
         state = weights if part == "transformer" and weights is not None else module.state_dict()
-        require(not any(".lora_" in n for n in state),
-                "the model has LoRA adapters attached: save them with save_lora, or merge them with load_lora first")
+        require(not any(".lora_" in n for n in state), "the model has LoRA adapters attached: save them with save_lora, or merge them with load_lora first")
         state = {n: v.to(dtype) if dtype and v.is_floating_point() and v.itemsize > 1 and not n.startswith("bn.") else v for n, v in state.items()}
         config = module.config.to_dict() if part == "transformer" else dict(module.config)
         notes = {"format": "pt", "config": json.dumps(config), **((metadata or {}) if part == "transformer" else {})}

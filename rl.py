@@ -410,8 +410,10 @@ def rl_step(args, model, parallel, vae, encoder, judge, rows, state, optimizer, 
     rewards = torch.tensor([[reward_of(a, rows[p]["rubrics"]) for a in everyone[p]] for p in range(len(rows))])        # [P, G]
     r = optimality(advantages(rewards))
     judged_at, sums, total = time.perf_counter(), torch.zeros(2), len(rows) * how.group * how.times
+    sample.use_attention(state["attention"], "math")       # what is fastest backwards is not what sampling is fastest with
     for p in mine:
         sums += group_loss(args, model, parallel, made[p][0].cpu(), r[p], texts[p], step, p, rows[p]["size"], how, total, p == mine[-1])
+    sample.use_attention()
     parameters = lens.lora_parameters(model, "new")
     norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
     if math.isfinite(norm):
@@ -461,13 +463,15 @@ def train_policy(args):
     named, optimizer = make_policies(args, model)
     parallel = torch.nn.parallel.DistributedDataParallel(model) if args.ranks > 1 else model
     state = resume(args, model, optimizer, named)
+    kernel = train.pick_attention(args, dtype, how.base, state)
+    sample.use_attention()
     for group in optimizer.param_groups:
         group["lr"] = args.lr
     judge = EndpointJudge(args.endpoint, args.model, out / f"judge-{args.rank}.jsonl") if args.endpoint else Checker()
     log, watch, notice = train.Log(out, state["step"]) if args.rank == 0 else None, Watch(), train.on_notice()
     watch.first, watch.last = [tuple(x) for x in state["first"]], collections.deque(map(tuple, state["last"]), 10)
     args.say(f"{args.size}: LoRA of rank {how.rank}, {sum(p.numel() for p in named.values()):,} parameters, "
-             f"on {args.ranks} x {args.device}; {str(dtype)[6:]}: {why}\na step: {how.prompts} prompts x {how.group} pictures "
+             f"on {args.ranks} x {args.device}; {str(dtype)[6:]}: {why}; {kernel}\na step: {how.prompts} prompts x {how.group} pictures "
              f"of {len(args.rows)}, {how.sampler_steps} sampler steps, {how.times} noise levels")
     shown = ([(prompt, seed) for seed, task in enumerate(data.TASKS)
               for *_, prompt in sample.held_out(task, 2, *data.bucket(how.base))]
@@ -476,7 +480,7 @@ def train_policy(args):
     def preview(name):
         lens.set_lora(model, "ema")
         size = data.bucket(how.base)
-        sample.contact_sheet(sample.generate([p for p, _ in shown], (model, vae, encoder), seeds=[s for _, s in shown],
+        data.contact_sheet(sample.generate([p for p, _ in shown], (model, vae, encoder), seeds=[s for _, s in shown],
                                              height=size[0], width=size[1], steps=sample.STEPS, guidance=1.0,
                                              batch_size=how.batch), 6).save(out / name)
     told = lambda scores: ", ".join(f"{name} {value:.2f}" for name, value in scores.items())

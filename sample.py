@@ -13,14 +13,13 @@ without `--weights` it takes the toy that the repository ships, which runs on an
     python sample.py --eval                                                 # the six tasks on the toy world
     python sample.py --bench                                                # what a picture costs, beside a naive sampler
 
-The sampler is Euler's method on dx/dt = v(x, t), from noise at t = 1 to data at t = 0 [paper]. With guidance g the model
-runs twice a step, with the prompt and without any, and the step goes along u + g (c - u), scaled back to the length of
-c [checkpoint]. Prompts of unequal length never share a batch: nothing is padded, so no attention needs a mask, and a
-picture is the same whatever was made beside it.
+The sampler is Euler's method on dx/dt = v(x, t), from noise at t = 1 to data at t = 0 [paper]. With guidance g the model runs twice a step, with the
+prompt and without any, and the step goes along u + g (c - u), scaled back to the length of c [checkpoint]. Prompts of unequal length never share a
+batch: nothing is padded, so no attention needs a mask, and a picture is the same whatever was made beside it.
 """
-import argparse, colorsys, contextlib, copy, functools, hashlib, json, math, os, re, resource, sys, time, warnings
+import argparse, colorsys, contextlib, copy, functools, hashlib, json, math, os, re, sys, time, warnings
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,8 +38,7 @@ STEPS, GUIDANCE, BASE = 20, 5.0, 1024     # [checkpoint] where weights do not sa
 TOY_BASE = 128                             # [ours] the toy's own size: pictures of 128 x 128 where nothing else is said
 MAX_AREA = 1440**2                         # [paper] the largest area it generalises to, untrained
 TOGETHER = 512                             # [ours] image tokens up to which guidance's two branches share a forward
-TRICKS = ("exact length", "bare unconditional branch", "shared forward", "modulation once",                # --bench takes each away
-          "compiled", "channels last")
+TRICKS = ("exact length", "bare unconditional branch", "shared forward", "modulation once", "compiled", "channels last", "CUDA graph")   # see bench
 LIMIT = 415                                # [checkpoint] the most text tokens that a prompt has: 512 less the 97 of the chat before it
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,19 +70,29 @@ def denoise(model, noise, text, text_mask, grid, steps, guidance, on_step=None, 
     x = noise.float()                                                              # the state stays fp32: twenty small sums
     # Branches that differ in the text alone share one forward while they are small: half the calls, every weight read once.
     shared = uncond is not None and uncond.txt is None and cond.txt is not None and len(x) * x.shape[1] <= together
-    for i in range(start, steps):
+    gaps = levels.diff().to(x.device)
+
+    def step(x, i):                                                                # i: the step's number, in a CUDA graph [1] on the device
         now = modulation.at(i)
         v, *u = model.velocity_from((torch.cat([x, x]) if shared else x).to(dtype), now, cond).float().split(len(x))       # [B, N, C] each
         if uncond is not None:
             v = guide(v, u[0] if shared else model.velocity_from(x.to(dtype), now, uncond).float(), guidance)
-        x = x + (levels[i + 1] - levels[i]).item() * v
+        return x + gaps[i] * v, v
+
+    for i in range(start, steps):
+        step = recorded(step, x) if model.graph and i == start + 1 else step             # the first step compiles: that cannot be recorded
+        x, v = step(x, i)
         if on_step:
             on_step(i, x, v)
     return x
 
-def from_pil(images):
-    """PIL images of one size -> [B, 3, H, W] in [-1, 1]."""
-    return autoencoder.to_images(torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])))
+def recorded(step, x):
+    """step(x, i) as one launch instead of thousands: small pictures are drawn faster than Python can ask for kernels, and large ones
+    lose the gaps between them. A graph reads and writes the same memory each time, so what goes in and comes out is copied."""
+    graph, x, i = torch.cuda.CUDAGraph(), x.clone(), torch.zeros(1, dtype=torch.long, device=x.device)
+    with torch.cuda.graph(graph):
+        out = step(x, i)
+    return lambda now, k: (x.copy_(now), i.fill_(k), graph.replay(), tuple(t.clone() for t in out))[-1]
 
 def picture_noise(seed, grid, channels):
     """[1, h*w, C] noise of one picture, from its own seed alone, made on the CPU: the same on every device, in every batch."""
@@ -137,11 +145,10 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
     for batch in batches:
         noise = torch.cat([picture_noise(seeds[i], grid, transformer.config.in_channels) for i in batch]).to(device)
         if images:
-            begin = from_pil([images[i].resize((width, height), Image.LANCZOS) for i in batch])
+            begin = autoencoder.from_pil([images[i].resize((width, height), Image.LANCZOS) for i in batch])
             x0 = vae.to_tokens(vae.encode(begin.to(device, next(vae.parameters()).dtype))[0]).float()
             noise = lens.add_noise(x0, noise, lens.sigmas(noise.shape[1], steps)[start].item())
-        text = (None if features[batch[0]] is None else                            # K x [B, S, E], or no text at all
-                list(torch.stack([features[i] for i in batch], 1).to(device)))
+        text = None if features[batch[0]] is None else list(torch.stack([features[i] for i in batch], 1).to(device))   # K x [B, S, E], or no text
         unwanted = None if negative_features is None else [layer.expand(len(batch), -1, -1) for layer in negative_features.to(device)]
         step = lambda *now: (bar.update(), on_step(*now) if on_step else None)
         tokens = denoise(transformer, noise, text, None, grid, steps, guidance, step, unwanted, None, start)
@@ -149,46 +156,28 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
     bar.close()
     return [results[i] for i in range(len(prompts))]
 
-def race(runners, rounds, device):
-    """{name: [seconds of the first run, median of the others, the others' results]} of runners {name: function}, taken in turn, so that
-    whatever else the machine does meets all of them alike. The first run compiles and warms up."""
-    wait, seconds, made = torch.cuda.synchronize if device != "cpu" else lambda: None, {name: [] for name in runners}, {}
-    for name, run in [*runners.items()] * (rounds + 1):
-        begin = (wait(), time.perf_counter())[1]
-        made[name] = run()
-        seconds[name].append((wait(), time.perf_counter())[1] - begin)
-    return {name: (s[0], float(np.median(s[1:])), made[name]) for name, s in seconds.items()}
-
-def tell(found, work, peak, device, **row):
-    """Prints a case's JSON line: row, and what race found of ours, the naive and the tight path; work: our FLOPs, peak: FLOP/s of a matrix product."""
-    (cold, ours, _), naive, tight = found["ours"], found["naive"][1], found["tight"][1]
-    name, memory = ((f"cpu, {torch.get_num_threads()} threads", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-                    if device == "cpu" else (torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()))
-    row = dict(device=name, **row, warm_up=1, rounds=3, cold_s=cold, ours_s=ours, naive_s=naive, ratio=naive / ours,
-               tight_s=tight, tight_ratio=tight / ours, tflops=work / ours / 1e12, matmul_tflops=peak / 1e12,
-               peak_share=work / ours / peak, peak_memory_gib=memory / 2**30)
-    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
-
-def attempt(model, vaes, features, noise, grid, steps, guidance, without=(), pad=LIMIT):
+def attempt(model, vaes, features, noise, grid, steps, guidance, without=(), pad=LIMIT, kernel=None):
     """(tokens, pixels) by all of TRICKS but some. With none it is what one writes first: text padded to `pad` and masked in both branches,
-    each block's modulation made anew in every step, nothing compiled. features [K, S, E]; vaes: the plain one, the one in channels last."""
+    each block's modulation made anew in every step, nothing compiled. features [K, S, E]; vaes: the plain one, the one in channels last;
+    kernel: what pick_attention chose, used where nothing is masked (None: PyTorch chooses). A CUDA graph is for a GPU alone."""
     S, on, model = features.shape[1], lambda trick: trick not in without, copy.copy(model)
     rows = S if on("exact length") else max(S, pad)
     text = [F.pad(layer, (0, 0, 0, rows - S)).expand(len(noise), -1, -1) for layer in features[:, None]]           # K x [B, rows, E]
     seen = (torch.arange(rows, device=noise.device) < S).expand(len(noise), -1)
     other = (None, None) if on("bare unconditional branch") else (text, torch.zeros_like(seen))
     if not on("modulation once"):
-        model.modulation = lambda t: lens.Modulation(
-            time := model.time(t), (None,) * len(model.transformer_blocks), model.norm_out["linear"](F.silu(time)))
+        model.modulation = lambda t: lens.Modulation(time := model.time(t), (None,) * len(model.transformer_blocks), model.norm_out["linear"](F.silu(time)))
+    model.graph = noise.is_cuda and on("CUDA graph")
+    use_attention(*(kernel, "math") if kernel and on("exact length") and on("bare unconditional branch") else ())
     with torch.compiler.set_stance("default" if on("compiled") else "force_eager"):
-        tokens = denoise(model, noise, text, None if on("exact length") else seen, grid, steps, guidance, None, *other, 0,
-                         TOGETHER * on("shared forward"))
+        tokens = denoise(model, noise, text, None if on("exact length") else seen, grid, steps, guidance, None, *other, 0, TOGETHER * on("shared forward"))
         return tokens, (vae := vaes[on("channels last")]).decode(vae.to_latent(tokens, grid).to(features.dtype))
 
 @torch.no_grad()
 def bench(args, device):
     """A JSON line a case: seconds from features (toy: from the prompt) to pixels, ours beside the naive one padded to LIMIT and a `tight` one, masked
-    but not padded; predicted_s: the first case's by FLOPs; without_...: times what all tricks but that one take. Random weights, but for the toy."""
+    but not padded; predicted_s: the first case's by FLOPs; without_..., with_fp8: times ours what all tricks but that one take, and what fp8 does.
+    Random weights, but for the toy."""
     for size in [args.size] if args.size else ["toy", "small", *["full"] * (device != "cpu")]:
         (dtype, _), side = pick_dtype(device, args.dtype, lens.SIZES[size].transformer.inner_dim), 1024 if device == "cpu" else 8192
         with torch.device(device):
@@ -196,7 +185,8 @@ def bench(args, device):
                 lens.LensTransformer(lens.SIZES[size].transformer).to(dtype), autoencoder.LensVAE(lens.SIZES[size].vae).eval().to(dtype), None))
         vaes = (copy.deepcopy(vae).to(memory_format=torch.contiguous_format),
                 vae.to(memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format))
-        lens.quicken(model, vae) if args.compile else None
+        rounded = lens.to_fp8(copy.deepcopy(model)) if args.fp8 else None
+        [lens.quicken(m, v) for m, v in ((model, vae), (rounded, None)) if m and args.compile]
         n, (low, mid, high) = args.steps or STEPS, {"full": (32, 64, 90), "nano": (2, 4, 8)}.get(size, (8, 16, 32))
         for k, (h, batch, steps, g, S) in enumerate([                              # 128: the paper's captions have 109 words
                 (mid, 1, n, GUIDANCE, 128), *((h, 1, n, GUIDANCE, 128) for h in (low, high)), (mid, 4, n, GUIDANCE, 128),
@@ -204,28 +194,28 @@ def bench(args, device):
             given = torch.randn(len(model.txt_norm), S, model.config.enc_hidden_dim).to(device, dtype)
             read = lambda: encode(encoder, ["a red circle to the left of a blue square"])[0] if encoder and S == 128 else given
             noise = torch.cat([picture_noise(i, (h, h), model.config.in_channels) for i in range(batch)]).to(device)
-            go = lambda *without, pad=LIMIT: lambda: attempt(model, vaes, read(), noise, (h, h), steps, g, without, pad)
+            kernel, why = pick_attention(device, dtype, model.config, h * h + S)
+            go = lambda *without, pad=LIMIT, model=model: lambda: attempt(model, vaes, read(), noise, (h, h), steps, g, without, pad, kernel)
             with FlopCounterMode(display=False) as counter:
-                go("compiled")()
-            table = {f"without_{trick.replace(' ', '_')}": go(trick) for trick in TRICKS if k == 0 and (args.compile or trick != "compiled")}
-            found = race({"ours": go(), "naive": go(*TRICKS), "tight": go(*TRICKS, pad=0), "matmul": lambda: big @ big, **table}, 3, device)
+                go("compiled", "CUDA graph")()                                     # which hide their products from the counter
+            table = {f"without_{trick.replace(' ', '_')}": go(trick) for trick in TRICKS if k == 0 and
+                     {"compiled": args.compile, "CUDA graph": device != "cpu"}.get(trick, True)}
+            table.update({"with_fp8": go(model=rounded)} if rounded else {})
+            found = autoencoder.race({"ours": go(), "naive": go(*TRICKS), "tight": go(*TRICKS, pad=0), "matmul": lambda: big @ big, **table}, 3, device)
             ours, (a, _), (b, _), work, peak = (found["ours"][1], found["ours"][2], found["naive"][2],
                                                 counter.get_total_flops(), 2 * side**3 / found["matmul"][1])
             per_flop = ours / work if k == 0 else per_flop
-            q = torch.empty(1, model.config.num_attention_heads, h * h, model.config.attention_head_dim, device=device, dtype=dtype)
-            tell(found, work, peak, device, size=size, dtype=str(dtype)[6:], compiled=args.compile,
-                 attention=torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, q)).name,
-                 pixels=f"{16 * h}x{16 * h}", image_tokens=h * h, text_tokens=read().shape[1], padded_to=LIMIT, batch=batch, steps=steps, guidance=g,
-                 predicted_s=per_flop * work, difference=((a - b).norm() / b.norm()).item(),
-                 **{name: found[name][1] / ours for name in table})
+            autoencoder.tell(
+                found, work, peak, device, size=size, dtype=str(dtype)[6:], compiled=args.compile, attention=f"{kernel}: {why}",
+                pixels=f"{16 * h}x{16 * h}", image_tokens=h * h, text_tokens=read().shape[1], padded_to=LIMIT, batch=batch, steps=steps, guidance=g,
+                predicted_s=per_flop * work, difference=((a - b).norm() / b.norm()).item(), **{name: found[name][1] / ours for name in table})
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices, sizes, files.
 
 def pick_device(name=None):
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    lens.require(not name.startswith("cuda") or torch.cuda.is_available(),
-                 "--device cuda: no CUDA device was found; leave --device out to run on the CPU")
+    lens.require(not name.startswith("cuda") or torch.cuda.is_available(), "--device cuda: no CUDA device was found; leave --device out to run on the CPU")
     with lens.told(f"--device {name}: not a device; try cpu or cuda"):
         return str(torch.device(name))
 
@@ -237,9 +227,41 @@ def pick_dtype(device, name=None, width=128):
     if device != "cpu":
         return torch.bfloat16, "the GPU's fast type"
     product = lambda dtype: functools.partial(torch.matmul, torch.randn(512, width).to(dtype), torch.randn(width, 4 * width).to(dtype))
-    seconds = race({dtype: product(dtype) for dtype in (torch.float32, torch.bfloat16)}, 9, device)
+    seconds = autoencoder.race({dtype: product(dtype) for dtype in (torch.float32, torch.bfloat16)}, 9, device)
     ratio = seconds[torch.float32][1] / seconds[torch.bfloat16][1]
     return (torch.bfloat16 if ratio > 1.5 else torch.float32), f"bf16 products run {ratio:.1f}x as fast as fp32 here"
+
+KERNELS = {name: getattr(torch.backends.cuda, f"enable_{name}_sdp") for name in ("flash", "cudnn", "mem_efficient", "math")}   # for a CPU too
+
+def use_attention(*kernels):
+    """Of the kernels behind scaled_dot_product_attention only these, for the whole process; none named: all of them, and PyTorch chooses."""
+    [enable(name in (kernels or KERNELS)) for name, enable in KERNELS.items()]
+
+@functools.cache
+def pick_attention(device, dtype, config, tokens, learns=False):
+    """(kernel, why): the fastest for sequences of so many tokens, measured; learns: masked and with its backward pass, as training has it. PyTorch's
+    own order knows neither: on a CPU its first, flash, wins every forward (1.3 to 5 times as fast at 64 to 1024 tokens) and in fp32 every backward,
+    but in bf16 the backward takes twice as long as plain products at 104 tokens, and half as long at 256."""
+    if device == "cpu" and not learns:
+        return "flash", "the fastest forwards on a CPU"
+    q = torch.randn(3 * learns + 1, config.num_attention_heads, tokens, config.attention_head_dim, device=device, dtype=dtype, requires_grad=learns)
+    mask = torch.ones(len(q), 1, 1, tokens, dtype=torch.bool, device=device) if learns else None
+
+    def run(kernel):
+        use_attention(kernel)                                                      # alone: what it cannot do is an error
+        out = F.scaled_dot_product_attention(q, q, q, mask)
+        out.backward(out) if learns else None
+    able = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for kernel in KERNELS:
+            with contextlib.suppress(RuntimeError):
+                run(kernel)
+                able[kernel] = functools.partial(run, kernel)
+    seconds = {kernel: median for kernel, (_, median, _) in autoencoder.race(able, 5, device).items()}
+    use_attention()
+    best = next(kernel for kernel, s in seconds.items() if s < 1.1 * min(seconds.values()))                # the first of equals, run by run
+    return best, ", ".join(f"{kernel} {1000 * s:.2g} ms" for kernel, s in seconds.items())
 
 def pick_size(height, width, aspect, base):
     """(height, width) from what was asked, or LensError: sides divisible by 16, ratio within 1:2 and 2:1, area to 1440^2."""
@@ -268,10 +290,8 @@ def identity(folder, part="transformer"):
     return f"{Path(folder).name}-{digest.hexdigest()[:10]}"
 
 def cached_features(folder, prompts, device, dtype, date, cache, encoder=None):
-    """Features of prompts from the disk cache, encoding what is not there. -> list as from `encode`.
-
-    The key covers encoder, date and text. When all are there the encoder is not even loaded; else it is loaded, used and let
-    go before the denoiser comes: a 24 GB card never has to hold both."""
+    """Features of prompts from the disk cache, encoding what is not there. -> list as from `encode`. The key covers encoder, date and text. When all are
+    there the encoder is not even loaded; else it is loaded, used and let go before the denoiser comes: a 24 GB card never has to hold both."""
     encoder_id = identity(lens.part_folder(folder, "text_encoder"), "text_encoder") if cache else ""
     key = lambda prompt: hashlib.sha256("\0".join((encoder_id, date, str(dtype), prompt)).encode()).hexdigest()
     paths = [Path(cache) / f"{key(p)}.safetensors" if cache and p.strip() else None for p in prompts]
@@ -298,20 +318,10 @@ def check_writable(folder):
     lens.replace_file(Path(folder) / ".writable", lambda new: new.write_text(""))
     (Path(folder) / ".writable").unlink()
 
-def contact_sheet(images, columns=None):
-    """All pictures in one, a grid of equal cells."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    w, h = max(i.width for i in images), max(i.height for i in images)
-    sheet = Image.new("RGB", (columns * (w + 4) - 4, math.ceil(len(images) / columns) * (h + 4) - 4), "white")
-    for k, image in enumerate(images):
-        sheet.paste(image, (k % columns * (w + 4), k // columns * (h + 4)))
-    return sheet
-
 def save_png(image, path, notes):
     """Writes beside and renames; notes become PNG text chunks (UTF-8), which any image viewer shows."""
     info = PngImagePlugin.PngInfo()
-    for name, value in notes.items():
-        info.add_itxt(name, str(value))
+    [info.add_itxt(name, str(value)) for name, value in notes.items()]
     lens.replace_file(path, lambda new: image.save(new, "PNG", pnginfo=info))
 
 def strange_words(prompts, notes):
@@ -323,12 +333,7 @@ def strange_words(prompts, notes):
 # ---------------------------------------------------------------------------------------------------------------------
 # The checker: pixels in, facts out. Colour segmentation, connected regions, and shape by moments.
 
-class Found(NamedTuple):
-    shape: str           # one of data.SHAPES, or "unclear"
-    color: str
-    size: float
-    x: float
-    y: float
+Found = namedtuple("Found", "shape color size x y")      # shape: one of data.SHAPES, or "unclear"; size and place: shares of the side
 
 def _regions(labels):
     """Connected regions (4 neighbours, equal label > 0) of an integer map [H, W]: list of (rows, columns) index arrays."""
@@ -351,11 +356,9 @@ def _regions(labels):
     return regions
 
 def _signature(weight, ys, xs):
-    """A region's centre, equal-area radius (pixels), and shape numbers that do not depend on size, place or rotation.
-
-    With z the offset from the centre as a complex number in units of that radius, |mean z^k| is large for a shape of
-    k-fold symmetry (3: triangle, 4: square and cross, 5: star) and 0 for a disc; mean |z|^2 tells compact from spread
-    shapes, and the cover near the centre tells a ring. Sums over areas, so a pixel more or less hardly matters."""
+    """A region's centre, equal-area radius (pixels), and shape numbers that do not depend on size, place or rotation. With z the offset from the centre as
+    a complex number in units of that radius, |mean z^k| is large for a shape of k-fold symmetry (3: triangle, 4: square and cross, 5: star) and 0 for a
+    disc; mean |z|^2 tells compact from spread shapes, and the cover near the centre a ring. Sums over areas: a pixel more or less hardly matters."""
     total = weight.sum()
     cx, cy = (weight * xs).sum() / total, (weight * ys).sum() / total
     radius = math.sqrt(total / math.pi)
@@ -494,8 +497,7 @@ THINK = r"(?is)<(think|thinking|reasoning|analysis)>.*?(?:</\1>|$)|^.*</(?:think
 ITEM = r"(?im)^\W{0,3}(?:(?:option|version|variant|variante|opción|вариант|选项|方案)\s*\w{1,2}\b\W*|\d{1,2}[.)]\W*\s|[a-c]\)\s)"
 LABEL = (r"(?i)^\W*(?:(?:here(?: is|['’]s)|the|your|final|new|rewritten|revised|improved|enhanced|detailed|dense|image)\s+)*"
          r"(?:prompt|description|提示词|改写)\W*?[:：]\W*?(?=[\w\"“'«「])")
-CHATTER = (r"(?is)\n\s*\W*(?:let me know|feel free|i hope|hope this|would you like|if you(?:'d| would)? (?:like|want)|"
-           r"note|explanation|this prompt)\b.*")
+CHATTER = (r"(?is)\n\s*\W*(?:let me know|feel free|i hope|hope this|would you like|if you(?:'d| would)? (?:like|want)|note|explanation|this prompt)\b.*")
 QUOTED = r"""\*\*([^*]+)\*\*|"([^"]+)"|“([^“”]+)”|„([^“”]+)[“”]|'([^']+)'|‘([^‘’]+)’|«([^«»]+)»|「([^「」]+)」|`([^`]+)`"""
 REFUSAL = (r"(?i)(?:i['’]?m (?:\w+ )?sorry|sorry,? (?:but )?i|i (?:can(?:no|['’])t|can not|won['’]t|am (?:unable|not able))\b|"
            r"i['’]m (?:unable|not able)|as an ai\b|unfortunately,? i|很?抱歉|对不起|我(?:无法|不能)|申し訳|すみません|죄송|"
@@ -531,8 +533,7 @@ def keeps(request, answer):
     among = lambda claims, others: all(any(all(a in ("", b) for a, b in zip(claim, other)) for other in others) for claim in claims)
     possible = len({SPOT[s] for s in spots}) == len(spots) and all(sum((p - q) * d for p, q, d in zip(at[c, s], at[e, t], data.RELATIONS[r])) > 0
                                                                    for c, s, r, e, t in said if {(c, s), (e, t)} <= at.keys())
-    return (len(asked) == len(found) > 0 and among(asked, found) and among(wanted, said)
-            and words <= known | {"a", "an", "the", "and", "of"} and possible)
+    return (len(asked) == len(found) > 0 and among(asked, found) and among(wanted, said) and words <= known | {"a", "an", "the", "and", "of"} and possible)
 
 def encoder_writes(encoder, system, requests, seed, trial):
     """The text encoder itself as the reasoner: its raw answers. The first trial takes the likeliest tokens; later ones add Gumbel noise
@@ -554,8 +555,7 @@ def encoder_writes(encoder, system, requests, seed, trial):
         noise = lambda _, scores: scores - 0.7 * torch.stack(
             [torch.empty(scores.shape[1]).exponential_(generator=g).log() for g in own]).to(scores) if trial else scores
         ids = torch.tensor([rows[i] for i in members], device=encoder.model.device)                    # [B, L]
-        new = encoder.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=512, do_sample=False,
-                                     logits_processor=[noise])
+        new = encoder.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=512, do_sample=False, logits_processor=[noise])
         answers.update(zip(members, encoder.tokenizer.batch_decode(new[:, length:])))
     return [answers[i] for i in range(len(rows))]
 
@@ -632,7 +632,7 @@ def evaluate(pipeline, height, width, steps, guidance, per_task=50, seed=0, styl
     passed = [all(check(picture, claims)) for picture, (_, _, claims, _) in zip(pictures, rows)]
     drawn = [data.draw(scene, height, width) for _, scene, _, _ in rows]
     tasks = {task: sum(p for p, row in zip(passed, rows) if row[0] == task) / per_task for task in data.TASKS}
-    fidelity = autoencoder.frechet_distance(*(autoencoder.fidelity_features(pipeline[1], from_pil(images)) for images in (pictures, drawn)))
+    fidelity = autoencoder.frechet_distance(*(autoencoder.fidelity_features(pipeline[1], autoencoder.from_pil(images)) for images in (pictures, drawn)))
     return {"overall": round(sum(tasks.values()) / len(tasks), 4), **tasks, "fidelity": round(fidelity, 3)}, pictures, prompts
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -678,14 +678,13 @@ def arguments(argv):
     model.add_argument("--lora-strength", type=float, default=1.0)
     model.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")
     model.add_argument("--dtype", choices=("fp32", "bf16"), help="default: the faster one, measured on a CPU")
-    model.add_argument("--date", default=lens.DATE,
-                       help=f"written into the chat around the prompt; frozen at {lens.DATE} so that a seed keeps its picture")
+    model.add_argument("--date", default=lens.DATE, help=f"written into the chat around the prompt; frozen at {lens.DATE} so that a seed keeps its picture")
     model.add_argument("--compile", action="store_true", help="faster after a minute or more: for many pictures (on a CPU needs a C++ compiler)")
+    model.add_argument("--cuda-graph", action="store_true", help="record a step on the GPU and play it back: faster where pictures are small")
+    model.add_argument("--fp8", action="store_true", help="8-bit products on the image tokens: faster on an H100 or newer, not to the last digit")
     words = parser.add_argument_group("the reasoner")
-    words.add_argument("--reason", action="store_true",
-                       help="rewrite each prompt into a dense one first, as the pictures' captions in training were")
-    words.add_argument("--system-prompt", metavar="FILE",
-                       help="what the reasoner is told (default: the project's own; rl.py --search finds others)")
+    words.add_argument("--reason", action="store_true", help="rewrite each prompt into a dense one first, as the pictures' captions in training were")
+    words.add_argument("--system-prompt", metavar="FILE", help="what the reasoner is told (default: the project's own; rl.py --search finds others)")
     words.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible, up to and with /v1 (default: the text encoder writes); "
                                                          "its key is read from LENS_API_KEY")
     words.add_argument("--model", default="default", help="the endpoint's model")
@@ -699,20 +698,20 @@ def arguments(argv):
     score.add_argument("--per-task", type=int, default=50, help="prompts a task")
     score.add_argument("--requests", choices=("dense", "brief", "vague"), default="dense", help="how the held-out scenes are asked for")
     args = parser.parse_args(argv)
-    lens.require(min(args.steps or 1, args.num) > 0 and args.steps != 0 and args.per_task > 1,
-                 "--steps and --num must be at least 1, --per-task at least 2")
+    lens.require(min(args.steps or 1, args.num) > 0 and args.steps != 0 and args.per_task > 1, "--steps and --num must be at least 1, --per-task at least 2")
     lens.require(0 < args.strength <= 1, f"--strength {args.strength}: must be above 0 and at most 1")
     lens.require(args.size in (None, *lens.SIZES), f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
-    lens.require(args.eval or args.bench or args.prompt or args.prompts_file,
-                 "nothing to do: give --prompt, --prompts-file or --eval (--help explains)")
+    lens.require(args.eval or args.bench or args.prompt or args.prompts_file, "nothing to do: give --prompt, --prompts-file or --eval (--help explains)")
     lens.require(all(p.strip() for p in args.prompt or []), "--prompt is empty: say what the picture should show")
-    lens.require(args.reason or not (args.system_prompt or args.endpoint),
-                 "--system-prompt and --endpoint tell the reasoner what to do: add --reason")
+    lens.require(args.reason or not (args.system_prompt or args.endpoint), "--system-prompt and --endpoint tell the reasoner what to do: add --reason")
     return args
 
 def main(argv=None):
     args = arguments(argv)
     device = pick_device(args.device)
+    lens.require(not args.cuda_graph or device != "cpu", "--cuda-graph is for a GPU: leave it out on the CPU")
+    lens.require(not args.fp8 or device == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9),
+                 "--fp8: this GPU has no fp8 products (an L4, RTX 4090, H100 or newer has): leave it out")
     if args.bench:
         return bench(args, device)
     folder = lens.fetch(args.weights, ("transformer", "vae", "text_encoder"))
@@ -723,7 +722,10 @@ def main(argv=None):
     args.steps, args.guidance = settings(notes, args.steps, args.guidance)
     height, width = pick_size(args.height, args.width, args.aspect, args.base or int(notes.get("base", BASE)))
     dtype, why = pick_dtype(device, args.dtype, (config or {}).get("inner_dim", 1536))
-    print(f"{device}, {str(dtype)[6:]} ({why}); {args.steps} steps, guidance {args.guidance:g}, {width} x {height} pixels")
+    kernel, why_kernel = pick_attention(device, dtype, lens.LensConfig.from_dict(config or {}), height * width // 256 + 128)
+    use_attention(kernel, "math")                                                  # math takes what the other cannot
+    print(f"{device}, {str(dtype)[6:]} ({why}), {kernel} attention ({why_kernel}); {args.steps} steps, guidance {args.guidance:g}, "
+          f"{width} x {height} pixels")
     out = Path(args.out)
     prompts, rows = read_prompts(args.prompts_file) if args.prompts_file else (args.prompt or [], None)
     with lens.told(f"cannot read --image {args.image}"):
@@ -733,8 +735,8 @@ def main(argv=None):
 
     def load():                                                                    # the denoiser and the VAE, LoRA merged
         transformer, vae, _ = lens.load_pipeline(folder, device, dtype, parts=("transformer", "vae"))
-        if args.lora:
-            print(f"LoRA: {lens.load_lora(transformer, args.lora, args.lora_strength)} layers changed")
+        print(f"LoRA: {lens.load_lora(transformer, args.lora, args.lora_strength)} layers changed") if args.lora else None
+        transformer, transformer.graph = lens.to_fp8(transformer) if args.fp8 else transformer, args.cuda_graph
         lens.quicken(transformer, vae) if args.compile else None
         return transformer, vae
 
@@ -744,7 +746,7 @@ def main(argv=None):
         begin = time.perf_counter()
         scores, pictures, _ = evaluate(pipeline, height, width, args.steps, args.guidance, args.per_task, args.seed, args.requests,
                                        reasoner(args, notes, pipeline[2]) if args.reason else None)
-        contact_sheet(pictures[::max(1, args.per_task // 8)], 12).save(out / "eval.png")
+        data.contact_sheet(pictures[::max(1, args.per_task // 8)], 12).save(out / "eval.png")
         print(f"\n{'task':14} score   ({args.per_task} held-out {args.requests} prompts a task{', rewritten' * args.reason}, "
               f"{time.perf_counter() - begin:.0f} s, pictures in {out}/eval.png)")
         print("".join(f"{name:14} {value:.3f}\n" for name, value in scores.items()) + json.dumps(scores))
@@ -770,8 +772,7 @@ def main(argv=None):
     for (p, k, seed), picture in zip(jobs, pictures):
         chunks = dict(prompt=prompts[p], negative=args.negative, seed=seed, steps=args.steps, guidance=args.guidance, size=f"{width}x{height}",
                       weights=weights_id, lora=f"{args.lora} x {args.lora_strength}" if args.lora else "", date=args.date, software="Lens")
-        chunks.update(request=requests[p], system_prompt=system,
-                      reasoner=args.model if args.endpoint else "the text encoder") if args.reason else None
+        chunks.update(request=requests[p], system_prompt=system, reasoner=args.model if args.endpoint else "the text encoder") if args.reason else None
         if rows is not None:                                                       # GenEval: 00000/metadata.jsonl, 00000/samples/0000.png
             path = out / f"{p:05d}" / "samples" / f"{k:04d}.png"
             lens.replace_file(out / f"{p:05d}" / "metadata.jsonl", lambda new: new.write_text(json.dumps(rows[p]) + "\n"))
@@ -779,10 +780,9 @@ def main(argv=None):
             slug = "-".join("".join(c if c.isalnum() else " " for c in requests[p].lower()).split())[:60] or "picture"
             path = out / f"{slug}-{seed}.png"
         save_png(picture, path, chunks)
-        if len(jobs) <= 16:
-            print(path)
+        print(path) if len(jobs) <= 16 else None
     if len(jobs) > 1:
-        save_png(contact_sheet(pictures), out / "sheet.png", dict(prompts="\n".join(prompts), seed=args.seed, weights=weights_id))
+        save_png(data.contact_sheet(pictures), out / "sheet.png", dict(prompts="\n".join(prompts), seed=args.seed, weights=weights_id))
         print(f"{len(jobs)} pictures in {out}, all of them in {out}/sheet.png")
 
 def run(command):

@@ -49,7 +49,6 @@ def generator(*key):
 
 class Log:
     """metrics.jsonl in DIR: one line a step. On resume, lines after the checkpoint's step are dropped, so none stands twice."""
-
     def __init__(self, folder, step):
         self.path = Path(folder) / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -125,10 +124,8 @@ HEAD
 {%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}"""
 
 def toy_tokenizer(seed=0, scenes=4000):
-    """Byte-level BPE learned on the toy world's sentences: a common word is one token, any other text a few bytes.
-
-    The fixed sentences of the chat form are one token each [ours]: they carry nothing, and word by word they would
-    make every prompt twice as long."""
+    """Byte-level BPE learned on the toy world's sentences: a common word is one token, any other text a few bytes. The fixed sentences of the
+    chat form are one token each [ours]: they carry nothing, and word by word they would make every prompt twice as long."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     texts = [s for pair in sample.GUIDELINES.values() for s in pair] * 40 + [
@@ -144,8 +141,7 @@ def toy_tokenizer(seed=0, scenes=4000):
     fixed = [head.split("<|message|>")[1].split("{date}")[0], head.split("{date}")[1].split("<|end|>")[0], lens.DESCRIBE,
              tail.split("<|message|>")[1].split("<|end|>")[0]]
     tokenizer.add_tokens([AddedToken(sentence, normalized=False) for sentence in fixed])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[5],
-                                      additional_special_tokens=list(SPECIAL[1:5]))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[5], additional_special_tokens=list(SPECIAL[1:5]))
     before_developer = head.split("<|start|>developer")[0]
     wrapped.chat_template = CHAT_TEMPLATE.replace("DATE", lens.DATE).replace("HEAD", before_developer.replace("{date}", "{{ date }}"))
     return wrapped
@@ -153,7 +149,6 @@ def toy_tokenizer(seed=0, scenes=4000):
 class Sentences(torch.utils.data.Dataset):
     """A quarter captions as the denoiser will meet them, the rest rewritings: copying a request's words is slower to learn than
     the captions' grammar. A batch is (ids [B, L], labels [B, L] with -100 where no loss counts, mask [B, L])."""
-
     def __init__(self, tokenizer, seed, batch):
         self.tokenizer, self.seed, self.batch = tokenizer, seed, batch
 
@@ -225,7 +220,6 @@ class Stage:
     data.SHAPES (None: all alike); lr: AdamW's; muon_lr: Muon's, for the matrices of the blocks (None: AdamW has them too); times: mean and standard
     deviation of logit(t) (None: the paper's, by the number of tokens); decay: whether the learning rate falls to zero at the end; betas: AdamW's;
     labels: weight of `vae.label_loss` beside the loss of the velocity, falling with the learning rate."""
-
     def __init__(self, areas, batch, steps, lr, scenes=(), muon_lr=None, times=None, decay=True, betas=(0.9, 0.99), odds=ODDS, labels=0.0):
         self.areas, self.batch, self.scenes, self.steps, self.home = areas, dict(zip(areas, batch)), dict(zip(areas, scenes)), steps, max(areas)
         self.lr, self.muon_lr, self.times, self.decay, self.betas, self.odds, self.labels = lr, muon_lr, times, decay, betas, odds, labels
@@ -251,6 +245,7 @@ BRIEF = 0.25              # [ours] share of the captions of "position" scenes th
 DROPOUT = 0.1             # [ours] share of samples trained without text: the unconditional branch that guidance needs
 SPIKE, PATIENCE = 4.0, 10  # [ours] a step whose loss is not finite or over SPIKE times the usual is left out; so many in a row end the run
 TOY_GUIDANCE = 3.0        # [ours] without guidance and at 3 and 5, 41, 24 and 33 of 300 pictures were wrong; the released weights' is 5 [checkpoint]
+TEXT = {True: (40, 64), False: (128, sample.LIMIT)}        # tokens of a usual and of the longest caption: the toy's (of 600, 60), and real ones
 CLIP, EMA = 1.0, 0.998    # [paper] gradient norm; [ours] decay of the weights' average, which is what is sampled and saved
 
 def captions_of(scene, rng):
@@ -261,7 +256,6 @@ def captions_of(scene, rng):
 
 class Encoding(torch.utils.data.Dataset):
     """Chunks of scenes of one size, drawn, captioned and encoded: (size, {tokens [n, h*w, C], text [sum of lengths, K * E], lengths, labels}, words)."""
-
     def __init__(self, chunks, odds, seed, vae, encoder):
         self.chunks, self.odds, self.seed, self.vae, self.encoder = chunks, odds, seed, vae, encoder
 
@@ -273,7 +267,7 @@ class Encoding(torch.utils.data.Dataset):
             rng = np.random.default_rng((self.seed, area, i))
             scenes.append(data.random_scene(rng, height, width, odds=self.odds))
             captions += captions_of(scenes[-1], rng)
-        pictures = sample.from_pil([data.draw(scene, height, width) for scene in scenes]).to(next(self.vae.parameters()).device)
+        pictures = autoencoder.from_pil([data.draw(scene, height, width) for scene in scenes]).to(next(self.vae.parameters()).device)
         # the posterior's mean: sharper than a sample; by fours, whose activations fit a CPU's cache: 2.8 times as fast as 64 at once
         mean = torch.cat([self.vae.encode(few)[0] for few in pictures.split(4)])
         text = [f.transpose(0, 1).flatten(1).bfloat16().cpu() for f in sample.encode(self.encoder, captions)]      # [S, K * E] each
@@ -282,13 +276,11 @@ class Encoding(torch.utils.data.Dataset):
                                  "labels": torch.from_numpy(np.stack([data.labels(scene, height, width) for scene in scenes]))}, words
 
 class World:
-    """The toy world as the denoiser meets it: every scene drawn, captioned CAPTIONS times and encoded once. Scenes are numbered
-    through, size after size: `buckets[i]` is scene i's size, `first[bucket]` the size's first scene.
-
+    """The toy world as the denoiser meets it: every scene drawn, captioned CAPTIONS times and encoded once. Scenes are numbered through, size
+    after size: `buckets[i]` is scene i's size, `first[bucket]` the size's first scene.
     tokens[size]   [n, h*w, C] bf16; labels[size]: their data.labels, [n, h*w, 6]
     text[size]     [total length, K * E] bf16, the captions' features end to end; caption c of the size's scene j is rows
                    offsets[size][CAPTIONS * j + c] up to the next offset: nothing is padded in memory."""
-
     def __init__(self, stage, seed, vae, encoder, path, device):
         self.stage, self.layers, self.digest, self.waited = stage, len(encoder.layers), None, 0.0
         key = dict(seed=seed, scenes=stage.scenes, captions=CAPTIONS, brief=BRIEF, odds=stage.odds, labels=[*data.SHAPES, *data.COLORS],
@@ -344,7 +336,6 @@ class World:
 
 class Pictures:
     """Tar shards as the denoiser meets them: decoded by workers while the last batch trains, encoded here by the frozen models."""
-
     def __init__(self, args, stage):
         with lens.told("--data"):
             self.shards = data.Shards(args.data, [size for area in stage.areas for size in stage.sizes(area)], args.seed, data.vae_identity(args.parts))
@@ -357,8 +348,7 @@ class Pictures:
 
     @torch.no_grad()
     def stream(self, batches):
-        loader = iter(torch.utils.data.DataLoader(self.shards, batch_size=None, sampler=batches, num_workers=self.workers,
-                                                  pin_memory=self.device != "cpu"))
+        loader = iter(torch.utils.data.DataLoader(self.shards, batch_size=None, sampler=batches, num_workers=self.workers, pin_memory=self.device != "cpu"))
         for bucket, samples, _ in batches:
             begin = time.perf_counter()
             try:
@@ -372,6 +362,10 @@ class Pictures:
                 tokens = self.vae.to_tokens(self.vae.encode(autoencoder.to_images(pictures, self.device))[0])
             text, mask = self.encoder.encode(captions)                             # no mask: all of one length
             yield tokens.float(), [layer.float() for layer in text], torch.ones(text[0].shape[:2]).bool() if mask is None else mask, faults
+
+def timestep_mu(image_tokens):
+    """Where training times sit: t = sigmoid(mu + normal), mu from 1.0 at 256 tokens to 1.3 at 4096 [paper]."""
+    return 1.0 + 0.3 * (image_tokens - 256) / (4096 - 256)
 
 def noise_and_time(seed, epoch, samples, shape, times):
     """One generator a sample, from (seed, epoch, sample): noise [B, N, C], t [B], dropped [B] bool. times: mean and deviation of logit(t)."""
@@ -390,6 +384,14 @@ def same_everywhere(value):
     box = [value]
     dist.broadcast_object_list(box) if dist.is_initialized() else None
     return box[0]
+
+def pick_attention(args, dtype, base, state):
+    """The fastest attention kernel for training on areas up to base x base, put to use in this process; a resumed run keeps to what it began with."""
+    tokens, config = (base // 16) ** 2 + TEXT[args.size in ("nano", "toy")][0], lens.SIZES[args.size].transformer
+    kernel, why = same_everywhere(sample.pick_attention(args.device, dtype, config, tokens, learns=True))
+    state["attention"] = state.get("attention") or kernel
+    sample.use_attention(state["attention"], "math")                               # math takes what the other cannot
+    return f"{state['attention']} attention ({why})"
 
 def make_optimizers(model, stage):
     """AdamW for everything [paper]; where the stage says so, Muon for the blocks' matrices [ours]: it makes each step's change
@@ -441,7 +443,7 @@ def train_step(args, source, model, parallel, rows, total, stream, stage, state,
     for k, ((bucket, samples, epoch), weight) in enumerate(rows):
         height, width = source.sizes[bucket]
         tokens, text, mask, faults = next(stream)
-        noise, t, dropped = noise_and_time(args.seed, epoch, samples, tokens.shape[1:], stage.times or (lens.timestep_mu(tokens.shape[1]), 1.0))
+        noise, t, dropped = noise_and_time(args.seed, epoch, samples, tokens.shape[1:], stage.times or (timestep_mu(tokens.shape[1]), 1.0))
         tokens, text, noise, t = move(tokens), [move(layer) for layer in text], move(noise), move(t)
         mask = move(mask) & ~move(dropped)[:, None]                                # no visible text is no text at all
         last, img = k == len(rows) - 1, []                                         # ranks exchange gradients once a step
@@ -535,14 +537,13 @@ def report(number, args, model, ema, optimizers, state, source, log, row, last, 
     if due(args.preview_every) and args.rank == 0:
         prompts = [prompt for task in ("position", "counting") for *_, prompt in sample.held_out(task, 6, *home)]
         pictures = sample.generate(prompts, (shown, args.vae, args.encoder), height=home[0], width=home[1], guidance=args.guidance)
-        sample.contact_sheet(pictures, 6).save(Path(args.out) / f"preview-{state['total']:06d}.png")
+        data.contact_sheet(pictures, 6).save(Path(args.out) / f"preview-{state['total']:06d}.png")
     if due(args.eval_every) and args.rank == 0:
         state["scores"], *_ = sample.evaluate((shown, args.vae, args.encoder), *home, sample.STEPS, args.guidance, 20, progress=False)
         bar.write(f"step {state['total']}: " + ", ".join(f"{k} {v:.2f}" for k, v in state["scores"].items()))
         row.update(state["scores"])
     log(**row) if log else None
-    if due(args.save_every) or stop:
-        save(args, number, model, ema, optimizers, state, source.words)
+    save(args, number, model, ema, optimizers, state, source.words) if due(args.save_every) or stop else None
     if stop:
         bar.close()
         args.say(f"SIGTERM: saved {args.out} at step {state['total']}; the same command goes on from there")
@@ -653,7 +654,7 @@ def activations(config, how, count, grid, length):
 def bench(args):
     """A JSON line an area: seconds of a training step of one device batch, ours beside the naive one (text padded to the longest caption, nothing
     compiled, no fused optimiser, attention of PyTorch's own choice) and a `tight` one (the same, not padded). Captions of the usual length."""
-    stage, (S, longest), args.notice, args.labels = args.table[args.stages[-1]], (40, 64) if args.size in ("nano", "toy") else (128, sample.LIMIT), [], False
+    stage, (S, longest), args.notice, args.labels = args.table[args.stages[-1]], TEXT[args.size in ("nano", "toy")], [], False
     (dtype, _), model = (sample.pick_dtype(args.device, None, lens.SIZES[args.size].transformer.inner_dim),
                          lens.build(args.size, args.seed).to(args.device).train())
     [p.requires_grad_(False) for name, p in model.named_parameters() if name in set(model.unread())]
@@ -662,7 +663,7 @@ def bench(args):
     lens.quicken(model, fullgraph=False) if args.compile else None
     for area, count in stage.batch.items():
         def gradients(length=S, ours=True):
-            torch.backends.cuda.enable_flash_sdp(args.device != "cpu" or not ours)
+            pick_attention(args, dtype, area, {}) if ours else sample.use_attention()
             text, mask = torch.ones(len(model.txt_norm), count, length, model.config.enc_hidden_dim), (torch.arange(length) < S).expand(count, -1)
             batch = torch.zeros(count, (area // 16) ** 2, model.config.in_channels), list(text), mask, []
             with torch.compiler.set_stance("default" if ours else "force_eager"):
@@ -677,9 +678,9 @@ def bench(args):
                 optimizer.step(), optimizer.zero_grad()
         parts = {"noise": lambda: noise_and_time(args.seed, 0, range(count), ((area // 16) ** 2, model.config.in_channels), (1.0, 1.0)),
                  "gradients": gradients}
-        found = sample.race({"ours": step, "naive": lambda: step(longest, False), "tight": lambda: step(S, False), **parts}, 3, args.device)
+        found = autoencoder.race({"ours": step, "naive": lambda: step(longest, False), "tight": lambda: step(S, False), **parts}, 3, args.device)
         ours, work, (noise, grads) = found["ours"][1], found["gradients"][2][-1], (found[part][1] for part in parts)
-        sample.tell(found, work, peak, args.device, size=args.size, dtype=str(dtype)[6:], compiled=args.compile, recompute=args.recompute,
+        autoencoder.tell(found, work, peak, args.device, size=args.size, dtype=str(dtype)[6:], compiled=args.compile, recompute=args.recompute,
                     pixels=f"{area}x{area}", batch=count, text_tokens=S, padded_to=longest, noise_s=noise, gradients_s=grads - noise, optimizer_s=ours - grads)
 
 def train_denoiser(args):
@@ -696,8 +697,6 @@ def train_denoiser(args):
     ema = copy.deepcopy(model).requires_grad_(False)
     if args.labels:                # after the copy, so that neither the average nor what is saved to sample from has it
         model.label_head = autoencoder.label_head(config.inner_dim).to(args.device)
-    # Flash attention pays on long sequences; on those of 60 tokens its backward took half of a step on a CPU.
-    torch.backends.cuda.enable_flash_sdp(args.device != "cpu")
     state = {"step": 0, "total": 0, "seen": 0, "seconds": 0.0, "bf16": None, "usual": None, "in_a_row": 0, "skipped": 0, "replaced": 0}
     dtype, why = same_everywhere(sample.pick_dtype(args.device.split(":")[0], None, config.inner_dim))
     set_recompute(model, args.recompute)
@@ -710,9 +709,10 @@ def train_denoiser(args):
     optimizers = make_optimizers(model, args.table[args.stages[0]])
     at = resume(args, model, ema, optimizers, state) or min(args.stages)
     state["bf16"] = dtype == torch.bfloat16 if state["bf16"] is None else state["bf16"]          # a resumed run keeps to what it began with
+    kernel = pick_attention(args, dtype, args.table[max(args.stages)].home, state)
     log, args.notice = Log(out, state["total"]) if args.rank == 0 else None, on_notice()
     args.say(f"{args.size}: {sum(p.numel() for p in model.parameters()):,} parameters on {args.ranks} x {args.device}; autoencoder and "
-             f"text encoder from {args.parts}\nprecision: fp32 weights, {'bf16' if state['bf16'] else 'fp32'} compute: {why}")
+             f"text encoder from {args.parts}\nprecision: fp32 weights, {'bf16' if state['bf16'] else 'fp32'} compute: {why}; {kernel}")
     for number in (n for n in args.stages if n >= at):
         if number > at:
             state["step"], at = 0, number
@@ -733,8 +733,8 @@ def export(args):
     for name, w in transformer.state_dict().items():                               # w: the model's own memory, so what is scored is what is stored
         stored[name] = w.copy_(w.bfloat16())
         if w.ndim == 2 and name.startswith("transformer_blocks"):
-            scale = (w.abs().max().clamp_min(1e-12) / 448).log2().ceil().exp2()    # e4m3 ends at 448; a power of two is exact in any dtype
-            stored[name], stored[name.removesuffix("weight") + "scale_weight"] = (w / scale).to(torch.float8_e4m3fn), scale
+            stored[name], scale = lens.e4m3(w)
+            stored[name.removesuffix("weight") + "scale_weight"] = scale.view(())
             w.copy_(stored[name].float() * scale)
     notes, vae_notes = lens.read_metadata(args.out), lens.open_safetensors(lens.weight_files(Path(args.parts) / "vae")[0]).metadata() or {}
     scores, *_ = sample.evaluate((transformer, vae, encoder), *data.bucket(int(notes["base"])), int(notes["steps"]), float(notes["guidance"]))

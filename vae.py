@@ -18,7 +18,7 @@ The denoiser never sees pixels: it sees the tokens. So the tokens decide how har
 few (16x down), smooth (the KL term: nearby latents decode to nearby pictures), and of unit variance (BatchNorm statistics).
 Departures: the paper takes FLUX.2's weights, frozen; our toy is trained here, its semantic term a linear head, then thrown away.
 """
-import argparse, copy, json, math, os, sys, time
+import argparse, copy, functools, json, math, os, resource, sys, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -160,6 +160,9 @@ def to_pil(images):                                           # [B, 3, H, W] -> 
     x = (images.float().clamp(-1, 1) + 1) * 127.5             # [checkpoint] the reference truncates, it does not round
     return [Image.fromarray(p) for p in x.permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()]
 
+def from_pil(images):                                         # PIL images of one size -> [B, 3, H, W] in [-1, 1]
+    return to_images(torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images])))
+
 @torch.no_grad()
 def fidelity_features(vae, images):                           # [n, 3, H, W] in [-1, 1] -> [n, 2 * 4c]
     """Mean and spread over the picture of the encoder's tokens. Blur shrinks the spread."""
@@ -291,16 +294,34 @@ def losses(vae, head, pixels, cells, noise, args, shapes):
         parts["semantic"] = semantic_loss(head, fold(z).flatten(2).transpose(1, 2).flatten(0, 1), cells.to(z.device).flatten(0, 1), shapes)
     return parts["reconstruction"] + args.kl * parts["kl"] + args.semantic * parts.get("semantic", 0), parts
 
+def race(runners, rounds, device):
+    """{name: (seconds of the first run, median of the others, what the last gave)} of runners {name: function}, taken in turn, so that
+    whatever else the machine does meets all of them alike. The first run compiles and warms up."""
+    wait, seconds, made = torch.cuda.synchronize if device != "cpu" else lambda: None, {name: [] for name in runners}, {}
+    for name, run in [*runners.items()] * (rounds + 1):
+        begin = (wait(), time.perf_counter())[1]
+        made[name] = run()
+        seconds[name].append((wait(), time.perf_counter())[1] - begin)
+    return {name: (s[0], float(np.median(s[1:])), made[name]) for name, s in seconds.items()}
+
+def tell(found, work, peak, device, **row):
+    """Prints a case's JSON line: row, and what race found of ours, the naive and the tight path; work: our FLOPs, peak: FLOP/s of a matrix product."""
+    (cold, ours, _), naive, tight = found["ours"], found["naive"][1], found["tight"][1]
+    name, memory = ((f"cpu, {torch.get_num_threads()} threads", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+                    if device == "cpu" else (torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()))
+    row = dict(device=name, **row, warm_up=1, rounds=3, cold_s=cold, ours_s=ours, naive_s=naive, ratio=naive / ours,
+               tight_s=tight, tight_ratio=tight / ours, tflops=work / ours / 1e12, matmul_tflops=peak / 1e12,
+               peak_share=work / ours / peak, peak_memory_gib=memory / 2**30)
+    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+
 def choose_dtype(vae, batch, device):
     """bf16 or fp32 by three timed steps of each: on a CPU it depends on the instructions it has, so measure."""
-    seconds, x, trial = {"fp32": [], "bf16": []}, to_images(batch[0], device), copy.deepcopy(vae)
-    for dtype in 4 * list(seconds):                           # in turns, so that a busy moment hits both
-        start = time.perf_counter()
+    x, trial = to_images(batch[0], device), copy.deepcopy(vae)
+    def step(dtype):
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"):
             trial.decode(trial.encode(x)[0]).float().square().mean().backward()
-        next(trial.parameters()).grad.sum().item()            # reading a number waits for a GPU
-        seconds[dtype].append(time.perf_counter() - start)
-    seconds = {dtype: min(times[1:]) for dtype, times in seconds.items()}                # the first is warm-up
+    found = race({dtype: functools.partial(step, dtype) for dtype in ("fp32", "bf16")}, 3, device)
+    seconds = {dtype: median for dtype, (_, median, _) in found.items()}
     print(f"precision: {(best := min(seconds, key=seconds.get))}, because a step takes " + " and ".join(f"{v:.3f} s in {k}" for k, v in seconds.items()))
     return best
 

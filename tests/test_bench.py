@@ -11,6 +11,7 @@ import full_step
 import lens
 import sample
 import train
+import vae
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -77,16 +78,122 @@ def test_naive_does_what_it_is_named_for(toy, monkeypatch):
     assert len(apart) == 3 * 2 * blocks and sum(txt is None for _, txt, *_ in apart) == 3 * blocks
 
 
+class Tape(torch.utils._python_dispatch.TorchDispatchMode):
+    """A CUDA graph's stand-in where there is no GPU: keeps each operation with the very tensors that it met, and replays them into the same memory."""
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(func), "a number was read: a GPU would wait for the CPU, and a recording breaks"
+        self.calls.append((func, args, kwargs or {}, out := func(*args, **(kwargs or {}))))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            for new, old in zip(*map(torch.utils._pytree.tree_leaves, (func(*args, **kwargs), out))):
+                old.copy_(new) if torch.is_tensor(old) and old.data_ptr() != new.data_ptr() else None
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("guidance, together, start", [(1.0, 512, 0), (3.0, 512, 0), (3.0, 0, 0), (3.0, 512, 2)], ids=["plain", "shared", "apart", "from a picture"])
+def test_steps_played_back_from_a_graph_are_the_steps(toy, device, guidance, together, start, monkeypatch):
+    """Recorded once, played for every other step: nothing in a step may depend on Python, or be overwritten while a caller still holds it."""
+    model, _, features, noise = toy(device, torch.float32)
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+        monkeypatch.setattr(torch.cuda, "graph", lambda tape: tape)
+    calls, forward = [], type(model).velocity_from
+    monkeypatch.setattr(type(model), "velocity_from", lambda *args: calls.append(1) or forward(*args))
+
+    def run(graph):
+        m, met = copy.copy(model), []
+        calls.clear()
+        m.graph = graph
+        out = sample.denoise(m, noise, list(features[:, None].expand(-1, 3, -1, -1)), None, (3, 4), 6, guidance, lambda *now: met.append(now), start=start, together=together)
+        return out, met, len(calls)
+    (plain, steps, often), (quick, played, twice) = run(False), run(True)
+    assert torch.allclose(quick, plain, rtol=0, atol=0 if device == "cpu" else 1e-5) and [i for i, *_ in played] == list(range(start, 6))
+    for (_, x, v), (_, y, w) in zip(steps, played):
+        assert torch.allclose(x, y, rtol=0, atol=0 if device == "cpu" else 1e-5) and torch.allclose(v, w, rtol=0, atol=0 if device == "cpu" else 1e-5)
+    assert twice == 2 * often // (6 - start) < often
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_fp8_is_close_to_the_plain_model_on_its_own_way(toy, device):
+    """Each forward along a guided run, with text and without; the bound must also tell: fewer bits by one in the weights break it."""
+    model, _, features, noise = toy(device, torch.bfloat16)
+    rounded, coarse, text = lens.to_fp8(copy.deepcopy(model)), copy.deepcopy(model), list(features[:, None].expand(-1, 3, -1, -1))
+    layers = [name for name, layer in rounded.named_modules() if isinstance(layer, lens.Fp8Linear)]
+    assert len(layers) == 10 and all("img_qkv" in name or "to_out" in name for name in layers)             # 426 is no multiple of 16: the MLP stays
+    for name in layers:
+        weight = coarse.get_submodule(name).weight
+        scale = weight.abs().amax(1, keepdim=True) / 2
+        weight.data = (weight.float() / scale).mul(4).round().div(4).mul(scale).to(weight)
+    worst, levels = {}, lens.sigmas(12, 8)
+
+    def compare(i, x, v):
+        t = levels[i + 1:i + 2].to(device)
+        for branch in (text, None) if i < 7 else ():
+            plain = model(x.bfloat16(), t, branch, None, (3, 4)).float().flatten()
+            for name, other in (("fp8", rounded), ("coarse", coarse)):
+                near = torch.nn.functional.cosine_similarity(other(x.bfloat16(), t, branch, None, (3, 4)).float().flatten(), plain, 0).item()
+                worst[name] = min(near, worst.get(name, 1))
+    with torch.no_grad():
+        sample.denoise(model, noise, text, None, (3, 4), 8, 3.0, compare)
+    assert worst["fp8"] > 0.999 > worst["coarse"], worst
+
+
+def test_e4m3_and_its_product_are_the_arithmetic_they_say():
+    w, x = torch.randn(48, 32, generator=torch.Generator().manual_seed(0)), torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1)) * 1000
+    w[3], x[1, 2] = 0, 0                                                                    # rows of zeros must not divide by zero
+    layer = torch.nn.Linear(32, 48)
+    layer.weight.data = w
+    (q, scale), quick = lens.e4m3(w, 1), lens.Fp8Linear(layer)
+    assert q.dtype == torch.float8_e4m3fn and scale.shape == (48, 1) and lens.e4m3(w)[1].shape == (1, 1)
+    assert ((q.double() * scale - w).abs() <= w.abs() / 16 + scale * 2**-10).all()
+    back = q.float() * scale
+    again, other = lens.e4m3(back, 1)
+    assert torch.equal(again.float() * other, back)                                         # what was fp8 once stays as it is
+    assert torch.equal(lens.e4m3(back, ())[0].float() * lens.e4m3(back, ())[1], back)       # under another scale too, as weights/toy is stored
+    rows, scales = lens.e4m3(x.flatten(0, 1), 1)
+    with torch.no_grad():
+        by_hand = (rows.double() * scales) @ (q.double() * scale).T + layer.bias.double()
+        assert relative(quick(x), by_hand.view(2, 5, 48)) < 1e-6 and relative(quick(x), layer(x)) > 1e-3
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("dtype", BOUND, ids=["fp32", "bf16"])
+def test_every_attention_kernel_gives_the_same_and_the_fastest_is_picked(toy, device, dtype, monkeypatch):
+    model, vaes, features, noise = toy(device, dtype)
+    able = [kernel for kernel in sample.KERNELS if device != "cpu" or kernel in ("flash", "math")]
+    out = {k: sample.attempt(model, vaes, features, noise, (3, 4), 1, 3.0, kernel=k)[0] for k in (None, *able)}
+    assert all(relative(out[k], out[None]) < BOUND[dtype] for k in able)
+    assert device != "cpu" or not torch.equal(out["flash"], out["math"])                    # else both were the same kernel
+    with monkeypatch.context() as patch:                                                    # the times are the machine's; what is made of them is ours
+        for slow, best in (("math", "flash"), ("flash", "math"), (None, "flash")):
+            ran = []
+            patch.setattr(vae, "race", lambda runners, rounds, device: (
+                [run() for run in runners.values()], ran.extend(runners), {k: (0, 3.0 if k == slow else 1.0, None) for k in runners})[-1])
+            sample.pick_attention.cache_clear()
+            kernel, why = sample.pick_attention(device, dtype, model.config, 60, learns=True)
+            assert set(ran) <= set(able) and "math" in ran and (device != "cpu" or (kernel == best and set(ran) == set(able)))
+            assert all(f"{k} " in why for k in ran)
+    sample.pick_attention.cache_clear()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert sample.pick_attention("cpu", dtype, model.config, 60)[0] == "flash"              # forwards alone
+
+
 def test_race_takes_turns_and_leaves_the_first_run_out():
     order, slow = [], iter([0.05, 0, 0, 0])
     import time
-    found = sample.race({"a": lambda: order.append("a") or time.sleep(next(slow)), "b": lambda: order.append("b") or 7}, 3, "cpu")
+    found = vae.race({"a": lambda: order.append("a") or time.sleep(next(slow)), "b": lambda: order.append("b") or 7}, 3, "cpu")
     assert order == ["a", "b"] * 4 and found["b"][2] == 7
     assert found["a"][0] >= 0.05 > 10 * found["a"][1]
 
 
 def test_the_bench_of_samples_prints_json_lines(capsys):
-    sample.main(["--bench", "--size", "nano", "--steps", "1", "--dtype", "fp32", "--device", "cpu"])
+    sample.main(["--bench", "--size", "nano", "--steps", "1", "--dtype", "fp32", "--device", "cpu", "--fp8"])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     assert len(rows) == 8
     for row in rows:
@@ -96,7 +203,17 @@ def test_the_bench_of_samples_prints_json_lines(capsys):
     assert {row["image_tokens"] for row in rows} == {4, 16, 64} and rows[0]["predicted_s"] == rows[0]["ours_s"]
     double = rows[3]["predicted_s"] / rows[0]["predicted_s"]                                # a batch of four against one
     assert 3.9 < double <= 4.001
-    assert {f"without_{trick.replace(' ', '_')}" for trick in sample.TRICKS if trick != "compiled"} <= rows[0].keys()
+    assert {f"without_{trick.replace(' ', '_')}" for trick in sample.TRICKS if trick not in ("compiled", "CUDA graph")} <= rows[0].keys()
+    assert all(row["with_fp8"] > 0 for row in rows)
+
+
+def test_flags_for_a_gpu_are_refused_in_one_line_or_work_on_a_cpu(tmp_path, capsys):
+    with pytest.raises(lens.LensError, match="--cuda-graph is for a GPU"):
+        sample.main(["--prompt", "a red circle", "--cuda-graph", "--device", "cpu"])
+    make = lambda name, *flags: sample.main(["--prompt", "a red circle", "--steps", "3", "--device", "cpu", "--cache", "", "--out", str(tmp_path / name), *flags])
+    make("plain"), make("rounded", "--fp8")
+    plain, rounded = (next((tmp_path / name).glob("*.png")).read_bytes() for name in ("plain", "rounded"))
+    assert plain != rounded and "flash attention" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")

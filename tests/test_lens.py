@@ -97,7 +97,7 @@ def test_golden_sigmas():
         got = lens.sigmas(row["image_tokens"], row["steps"])
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, torch.tensor(row["sigmas"]), atol=1e-4, rtol=0)
-    assert lens.timestep_mu(256) == 1.0 and lens.timestep_mu(4096) == pytest.approx(1.3)
+    assert train.timestep_mu(256) == 1.0 and train.timestep_mu(4096) == pytest.approx(1.3)
 
 
 def test_golden_text_features():

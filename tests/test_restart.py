@@ -19,7 +19,8 @@ import train
 from test_shards import make_shards
 
 ROOT = Path(__file__).parent.parent
-ALIKE = "import sys, torch, sample, train\nsample.pick_dtype = lambda *a: (torch.float32, 'tests compare bits')\n"
+ALIKE = ("import sys, torch, sample, train\nsample.pick_dtype = lambda *a: (torch.float32, 'tests compare bits')\n"
+         "sample.pick_attention = lambda *a, **k: ('flash', 'tests compare bits')\n")
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +41,10 @@ def rows(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(command, tmp_path_factory):
-    out, pick = tmp_path_factory.mktemp("whole"), sample.pick_dtype
-    sample.pick_dtype = lambda *a: (torch.float32, "tests compare bits")
+    out, picks = tmp_path_factory.mktemp("whole"), (sample.pick_dtype, sample.pick_attention)
+    sample.pick_dtype, sample.pick_attention = lambda *a: (torch.float32, "tests compare bits"), lambda *a, **k: ("flash", "tests compare bits")
     train.main([*command, "--out", str(out), "--workers", "0"])
-    sample.pick_dtype = pick
+    sample.pick_dtype, sample.pick_attention = picks
     return out
 
 
@@ -83,6 +84,7 @@ def test_other_shards_are_refused_and_spoilt_samples_are_counted(command, undist
 def test_cached_latents_train_as_pictures_do(command, shards, parts, tmp_path, monkeypatch):
     """The same samples in the same order, but for the crop, which pictures of their bucket's own size do not have."""
     monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare numbers"))
+    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare numbers"))
     data.main(["cache", "--data", shards, "--bases", "64,96", "--weights", str(parts), "--out", str(tmp_path / "latents")])
     cached = [str(tmp_path / "latents" / "*.tar") if word == shards else word for word in command]
     train.main([*cached, "--out", str(tmp_path / "run"), "--workers", "0"])

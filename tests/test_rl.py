@@ -238,7 +238,6 @@ def test_resume_goes_on_to_the_bit(base, tmp_path):
 
 
 def test_killed_runs_give_the_same_rewards_and_weights(base, tmp_path):
-    torch.backends.cuda.enable_flash_sdp(True)             # as the process that is killed has it: training `base` here has turned it off
     command = [sys.executable, str(ROOT / "rl.py"), "--size", "nano", "--init", str(base), "--out", str(tmp_path / "k"), "--pool", "12", "--eval-every", "0",
                "--preview-every", "0", "--dtype", "fp32", "--save-every", "1", "--steps", "4"]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -120,7 +120,7 @@ def test_image_to_image_starts_from_the_picture(nano):
         sample.generate("a red circle", pipeline, height=64, width=64, steps=20, guidance=1.0, images=[start], strength=strength,
                         on_step=lambda i, x, v: seen.setdefault(strength, []).append(x))
     with torch.no_grad():
-        x0 = autoencoder.to_tokens(autoencoder.encode(sample.from_pil([start]))[0])
+        x0 = autoencoder.to_tokens(autoencoder.encode(vae.from_pil([start]))[0])
     noise = sample.picture_noise(0, (4, 4), 16)
     for strength, steps in ((0.05, 1), (0.5, 10), (1.0, 20)):
         assert len(seen[strength]) == steps

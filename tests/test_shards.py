@@ -248,7 +248,7 @@ def test_latents_are_kept_while_fresh_and_refused_when_stale(tmp_path, capsys):
     image = data.read_picture(data.read(plain.parts(i)["picture"]), plain.sizes[plain.buckets[i]])
     import sample
     with torch.no_grad():
-        expected = vae.to_tokens(vae.encode(sample.from_pil([image]))[0])
+        expected = vae.to_tokens(vae.encode(sample.autoencoder.from_pil([image]))[0])
     found = torch.from_numpy(bits).view(torch.bfloat16).view(expected.shape).float()
     assert torch.allclose(found, expected, rtol=0.01, atol=0.01)                       # bf16, and a sum's order that depends on the batch
     with pytest.raises(ValueError, match="cache"):

@@ -63,7 +63,7 @@ def test_the_kept_world_is_what_the_frozen_models_say(world, parts):
     captions = train.captions_of(scene, rng)
     features, _ = encoder.encode([captions[1]])
     with torch.no_grad():
-        expected = autoencoder.to_tokens(autoencoder.encode(sample.from_pil([picture]))[0])
+        expected = autoencoder.to_tokens(autoencoder.encode(sample.autoencoder.from_pil([picture]))[0])
     assert torch.allclose(tokens, expected.bfloat16().float(), atol=0.02)
     assert mask.all() and all(torch.allclose(a, b.bfloat16().float(), rtol=0.02, atol=0.02) for a, b in zip(text, features))
 
@@ -124,6 +124,7 @@ def test_labels_are_learnt_from_an_early_block_and_leave_no_trace(parts, tmp_pat
     wise = lambda img: torch.cat([50.0 * F.one_hot(labels[..., k].long(), n) for k, n in enumerate((shapes, colors))] + [labels[..., 2:]], -1)
     assert autoencoder.label_loss(wise, seen[0], labels).max() < 1e-6
     monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "the same on every machine"))
+    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "the same on every machine"))
     command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--preview-every", "0", "--device", "cpu"]
     train.main([*command, "--steps", "150", "--out", str(tmp_path)])
     told = [r["label_loss"] for r in rows(tmp_path)]
@@ -207,6 +208,7 @@ def test_compiled_blocks_compute_what_plain_ones_do():
 def test_training_learns_and_resumes_bit_for_bit(parts, tmp_path, monkeypatch, capsys):
     command = ["--size", "nano", "--parts", str(parts), "--steps", "8", "--save-every", "3", "--preview-every", "0", "--device", "cpu"]
     monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare bits"))
+    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare bits"))
     train.main([*command, "--out", str(tmp_path / "whole")])
     losses = [r["loss"] for r in rows(tmp_path / "whole")]
     assert [r["step"] for r in rows(tmp_path / "whole")] == list(range(1, 17))          # stage 1, then stage 2
@@ -235,15 +237,29 @@ def test_training_learns_and_resumes_bit_for_bit(parts, tmp_path, monkeypatch, c
     assert pictures[0].size == (48, 48)
 
 
+def test_attention_is_picked_for_training_kept_by_a_resume_and_told(parts, tmp_path, monkeypatch, capsys):
+    command = ["--size", "nano", "--stage", "2", "--parts", str(parts), "--save-every", "1", "--preview-every", "0", "--device", "cpu", "--out", str(tmp_path)]
+    asked = []
+    monkeypatch.setattr(sample, "pick_attention", lambda device, dtype, config, tokens, learns: asked.append((tokens, learns)) or ("math", "slow clock"))
+    train.main([*command, "--steps", "1"])
+    assert asked == [(36 + 40, True)] and "math attention (slow clock)" in capsys.readouterr().out
+    assert torch.backends.cuda.math_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled()
+    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "fast clock"))
+    train.main([*command, "--steps", "2"])
+    assert "math attention" in capsys.readouterr().out and not torch.backends.cuda.flash_sdp_enabled()
+    assert json.loads((tmp_path / "state-00000002" / "notes.json").read_text())["attention"] == "math"
+
+
 def torchrun(ranks, script, command, timeout=300):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), script, *command], check=True,
                           timeout=timeout, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}).stdout
 
 
 def steady_script(folder, first=""):
-    """train.py but for the choice of precision, which a clock makes; `first`: a line of Python before it begins."""
+    """train.py but for the choices of precision and attention, which a clock makes; `first`: a line of Python before it begins."""
     script = folder / "ranks.py"
     script.write_text("import functools, sys, torch, sample, train\nsample.pick_dtype = lambda *a: (torch.float32, 'tests compare numbers')\n"
+                      "sample.pick_attention = lambda *a, **k: ('flash', 'tests compare numbers')\n"
                       f"{first}\ntrain.main(sys.argv[1:])\n")
     return script
 
@@ -255,6 +271,7 @@ def test_ranks_learn_what_one_process_learns(parts, tmp_path, monkeypatch, capsy
     command = ["--size", "nano", "--parts", str(parts), "--save-every", "100", "--preview-every", "0", "--device", "cpu", "--batch", "5,3"]
     torchrun(ranks, steady_script(tmp_path), [*command, *how, "--steps", "6", "--out", tmp_path / "many"])
     monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare numbers"))
+    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare numbers"))
     train.main([*command, "--accumulate", str(ranks), "--steps", "6", "--out", str(tmp_path / "one")])
     one, many = rows(tmp_path / "one"), rows(tmp_path / "many")
     assert [r["step"] for r in many] == list(range(1, 13))
@@ -275,6 +292,7 @@ def test_ranks_take_compiled_blocks(parts, tmp_path, monkeypatch):
     small = "torch.nn.parallel.DistributedDataParallel = functools.partial(torch.nn.parallel.DistributedDataParallel, bucket_cap_mb=0.001)"
     torchrun(2, steady_script(tmp_path, small), [*command, "--compile", "--out", tmp_path / "many"])
     monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare numbers"))
+    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare numbers"))
     train.main([*command, "--accumulate", "2", "--out", str(tmp_path / "one")])
     losses = [[r["loss"] for r in rows(tmp_path / name)] for name in ("many", "one")]
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -284,6 +302,7 @@ def test_sigterm_saves_and_ends_well(parts, tmp_path, monkeypatch, capsys):
     command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--steps", "8", "--preview-every", "0", "--out", str(tmp_path), "--device", "cpu"]
     step, count = train.flow_matching_loss, [0]
     monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare bits"))
+    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare bits"))
     def notified(*a):
         count[0] += 1
         if count[0] == 5:
@@ -301,6 +320,7 @@ def test_a_bad_step_is_left_out_and_counted_and_many_end_the_run(parts, tmp_path
     command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--preview-every", "0", "--save-every", "3", "--device", "cpu"]
     step, count, bad = train.flow_matching_loss, [0], {4: float("nan"), 6: 1e3}
     monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare bits"))
+    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare bits"))
     def sometimes(*a):
         count[0] += 1
         return step(*a) * bad.get(count[0], 1.0)
