@@ -786,11 +786,11 @@ def main(argv=None):
         print(f"{len(jobs)} pictures in {out}, all of them in {out}/sheet.png")
 
 def run(command):
-    """Runs a script's main: a user's mistake becomes one line on stderr and exit code 2, never a stack trace."""
+    """Runs a script's main: a user's mistake, or a GPU too small, becomes one line on stderr and exit code 2, never a stack trace."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         command()
-    except LensError as e:
+    except (LensError, torch.OutOfMemoryError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -55,8 +55,7 @@ class Log:
         lens.replace_file(self.path, lambda new: new.write_text("".join(l + "\n" for l in lines if json.loads(l)["step"] <= step)))
         self.file = open(self.path, "a", buffering=1)
 
-    def __call__(self, **row):
-        self.file.write(json.dumps(row) + "\n")
+    def __call__(self, **row): self.file.write(json.dumps(row) + "\n")
 
 def save_state(path, step, notes, **groups):
     """One safetensors file with everything a resume needs, written beside and renamed: there is no moment at which the
@@ -83,8 +82,7 @@ def make_moments(optimizers):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = 0.0                                                      # every step sets it anew
-            for p in group["params"]:
-                p.grad = torch.zeros_like(p)
+            [setattr(p, "grad", torch.zeros_like(p)) for p in group["params"]]
         optimizer.step(), optimizer.zero_grad()
 
 def on_notice():
@@ -120,8 +118,7 @@ HEAD
 {%- elif message.role == "assistant" -%}{%- if message.thinking -%}<|start|>assistant<|channel|>analysis<|message|>{{ message.thinking }}\
 <|end|>{%- endif -%}<|start|>assistant<|channel|>final<|message|>{{ message.content }}{%- if message.content -%}<|return|>{%- endif -%}
 {%- else -%}<|start|>user<|message|>{{ message.content }}<|end|>{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}"""
+{%- endfor -%}{%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}"""
 
 def toy_tokenizer(seed=0, scenes=4000):
     """Byte-level BPE learned on the toy world's sentences: a common word is one token, any other text a few bytes. The fixed sentences of the
@@ -224,8 +221,7 @@ class Stage:
         self.areas, self.batch, self.scenes, self.steps, self.home = areas, dict(zip(areas, batch)), dict(zip(areas, scenes)), steps, max(areas)
         self.lr, self.muon_lr, self.times, self.decay, self.betas, self.odds, self.labels = lr, muon_lr, times, decay, betas, odds, labels
 
-    def sizes(self, area):                                 # one area: squares; more: its nine ratios [paper]
-        return [(area, area)] if len(self.areas) == 1 else data.buckets(area)
+    def sizes(self, area): return [(area, area)] if len(self.areas) == 1 else data.buckets(area)       # one area: squares; more: nine ratios [paper]
 
     def counts(self, sizes):                               # {bucket: pictures a device}, those of the area that it comes closest to
         return {b: self.batch[min(self.areas, key=lambda a: abs(math.log(h * w / a**2)))] for b, (h, w) in enumerate(sizes)}
@@ -321,8 +317,7 @@ class World:
         mine = [self.offsets[size].diff().numpy().reshape(-1, CAPTIONS) for size in self.sizes]
         return np.concatenate([rows[np.arange(len(rows)), (np.arange(len(rows)) + first + epoch) % CAPTIONS] for rows, first in zip(mine, self.first)])
 
-    def labels_of(self, bucket, samples):                  # [B, N, 6]
-        return self.labels[self.sizes[bucket]][torch.from_numpy(samples - self.first[bucket])]
+    def labels_of(self, bucket, samples): return self.labels[self.sizes[bucket]][torch.from_numpy(samples - self.first[bucket])]      # [B, N, 6]
 
     def stream(self, batches):
         """Batches of data.plan -> tokens [B, N, C] fp32, text [K x [B, S, E]], mask [B, S], no faults."""
@@ -343,8 +338,7 @@ class Pictures:
         self.vae, self.encoder, self.device, self.workers, self.waited = args.vae, args.encoder, args.device, args.workers, 0.0
         args.say(f"{len(self.buckets):,} samples in {len(self.shards.paths)} shards; left out: {dict(+self.shards.faults) or 'nothing'}")
 
-    def lengths(self, epoch):
-        return self.shards.lengths
+    def lengths(self, epoch): return self.shards.lengths
 
     @torch.no_grad()
     def stream(self, batches):
@@ -465,8 +459,7 @@ def train_step(args, source, model, parallel, rows, total, stream, stage, state,
         sums[11] += weight * covering.detach().sum()
         print("".join(f"replaced by the next of its bucket: {fault}\n" for fault in faults if weight), end="", file=sys.stderr)
     sums[9] += len(args.notice)
-    if args.ranks > 1:
-        dist.all_reduce(sums)
+    dist.all_reduce(sums) if args.ranks > 1 else None
     sums = sums.tolist()                                                           # the step's only wait for the device
     state["replaced"], state["label_loss"] = state["replaced"] + round(sums[10]), sums[11] / total
     return sums[0] / total, [s / n if n else None for s, n in zip(sums[1:5], sums[5:9])], sums[9] > 0, work      # a notice to one rank stops all
@@ -501,9 +494,7 @@ def train_stage(number, args, source, model, parallel, ema, optimizers, state, l
             norm = whole(torch.nn.utils.clip_grad_norm_([p for p in named.values() if p.requires_grad], CLIP)).item()
             # One bad batch must not reach the weights: a NaN there is for ever, and Adam remembers a spike for hundreds of steps.
             good = math.isfinite(loss) and math.isfinite(norm) and loss < SPIKE * (state["usual"] or math.inf)
-            for optimizer in optimizers:
-                optimizer.step() if good else None
-                optimizer.zero_grad()
+            [(optimizer.step() if good else None, optimizer.zero_grad()) for optimizer in optimizers]
             state["step"], state["total"], state["seen"] = state["step"] + 1, state["total"] + 1, state["seen"] + total
             state["in_a_row"], state["skipped"] = 0 if good else state["in_a_row"] + 1, state["skipped"] + (not good)
             if good:
@@ -652,8 +643,8 @@ def activations(config, how, count, grid, length):
     return kept[0] + (config.num_layers - 2) * (kept[1] - kept[0])
 
 def bench(args):
-    """A JSON line an area: seconds of a training step of one device batch, ours beside the naive one (text padded to the longest caption, nothing
-    compiled, no fused optimiser, attention of PyTorch's own choice) and a `tight` one (the same, not padded). Captions of the usual length."""
+    """A JSON line an area: seconds of a training step of one device batch (halved until it fits), ours beside the naive one (text padded to the longest
+    caption, nothing compiled, no fused optimiser, attention of PyTorch's own choice) and a `tight` one (the same, not padded). Usual captions."""
     stage, (S, longest), args.notice, args.labels = args.table[args.stages[-1]], TEXT[args.size in ("nano", "toy")], [], False
     (dtype, _), model = (sample.pick_dtype(args.device, None, lens.SIZES[args.size].transformer.inner_dim),
                          lens.build(args.size, args.seed).to(args.device).train())
@@ -661,7 +652,8 @@ def bench(args):
     optimizers, state, peak = make_optimizers(model, stage), {"bf16": dtype == torch.bfloat16, "replaced": 0}, matmul_peak(args.device, dtype)
     set_recompute(model, args.recompute)
     lens.quicken(model, fullgraph=False) if args.compile else None
-    for area, count in stage.batch.items():
+
+    def measure(area, count):
         def gradients(length=S, ours=True):
             pick_attention(args, dtype, area, {}) if ours else sample.use_attention()
             text, mask = torch.ones(len(model.txt_norm), count, length, model.config.enc_hidden_dim), (torch.arange(length) < S).expand(count, -1)
@@ -682,6 +674,14 @@ def bench(args):
         ours, work, (noise, grads) = found["ours"][1], found["gradients"][2][-1], (found[part][1] for part in parts)
         autoencoder.tell(found, work, peak, args.device, size=args.size, dtype=str(dtype)[6:], compiled=args.compile, recompute=args.recompute,
                     pixels=f"{area}x{area}", batch=count, text_tokens=S, padded_to=longest, noise_s=noise, gradients_s=grads - noise, optimizer_s=ours - grads)
+
+    for area, count in stage.batch.items():
+        while count:
+            try:
+                count = measure(area, count)                                       # None: it is done
+            except torch.OutOfMemoryError:
+                lens.require(count > 1, f"{area} x {area}: not even one picture fits into the memory of this GPU")
+                count //= 2
 
 def train_denoiser(args):
     out, config = Path(args.out), lens.SIZES[args.size].transformer

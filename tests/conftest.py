@@ -13,6 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
+@pytest.fixture(autouse=True)
+def every_attention_kernel():
+    """Training picks a kernel for its process, and here many runs share one."""
+    yield
+    import sample
+    sample.use_attention()
+
+
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
     """A nano autoencoder and text encoder, made by the commands that make the real ones."""

@@ -243,6 +243,23 @@ def test_the_bench_of_training_prints_json_lines(capsys):
         assert row["peak_share"] == pytest.approx(row["tflops"] / row["matmul_tflops"], rel=2e-3)
 
 
+def test_a_batch_that_does_not_fit_is_halved_and_none_is_an_error_of_one_line(monkeypatch, capsys):
+    command, step = ["--bench", "--size", "nano", "--device", "cpu", "--batch", "7,2"], train.train_step
+    def on_a_card_for(room):
+        def within(args, source, model, parallel, rows, total, *more):
+            if total > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return step(args, source, model, parallel, rows, total, *more)
+        monkeypatch.setattr(train, "train_step", within)
+    on_a_card_for(3)
+    train.main(command)
+    assert [json.loads(line)["batch"] for line in capsys.readouterr().out.splitlines()] == [3, 2]
+    on_a_card_for(0)
+    with pytest.raises(SystemExit) as stopped:
+        sample.run(lambda: train.main(command))
+    assert stopped.value.code == 2 and capsys.readouterr().err == "error: 64 x 64: not even one picture fits into the memory of this GPU\n"
+
+
 @pytest.mark.parametrize("what", ["rl", "distill"])
 def test_the_measured_step_beside_the_counted_one_runs(what, capsys):
     found = full_step.main([what, "--size", "nano", "--rank", "4", "--area", "64", "--pictures", "2"])
