@@ -410,7 +410,7 @@ def rl_step(args, model, parallel, vae, encoder, judge, rows, state, optimizer, 
     rewards = torch.tensor([[reward_of(a, rows[p]["rubrics"]) for a in everyone[p]] for p in range(len(rows))])        # [P, G]
     r = optimality(advantages(rewards))
     judged_at, sums, total = time.perf_counter(), torch.zeros(2), len(rows) * how.group * how.times
-    sample.use_attention(state["attention"], "math")       # what is fastest backwards is not what sampling is fastest with
+    sample.use_attention(state["attention"])               # what is fastest backwards is not what sampling is fastest with
     for p in mine:
         sums += group_loss(args, model, parallel, made[p][0].cpu(), r[p], texts[p], step, p, rows[p]["size"], how, total, p == mine[-1])
     sample.use_attention()

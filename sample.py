@@ -17,14 +17,14 @@ The sampler is Euler's method on dx/dt = v(x, t), from noise at t = 1 to data at
 prompt and without any, and the step goes along u + g (c - u), scaled back to the length of c [checkpoint]. Prompts of unequal length never share a
 batch: nothing is padded, so no attention needs a mask, and a picture is the same whatever was made beside it.
 """
-import argparse, colorsys, contextlib, copy, functools, hashlib, json, math, os, re, sys, time, warnings
-from collections import namedtuple
+import argparse, collections, colorsys, contextlib, copy, functools, hashlib, json, math, os, re, sys, time, warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -168,16 +168,15 @@ def attempt(model, vaes, features, noise, grid, steps, guidance, without=(), pad
     if not on("modulation once"):
         model.modulation = lambda t: lens.Modulation(time := model.time(t), (None,) * len(model.transformer_blocks), model.norm_out["linear"](F.silu(time)))
     model.graph = noise.is_cuda and on("CUDA graph")
-    use_attention(*(kernel, "math") if kernel and on("exact length") and on("bare unconditional branch") else ())
+    use_attention(kernel if on("exact length") and on("bare unconditional branch") else None)
     with torch.compiler.set_stance("default" if on("compiled") else "force_eager"):
         tokens = denoise(model, noise, text, None if on("exact length") else seen, grid, steps, guidance, None, *other, 0, TOGETHER * on("shared forward"))
         return tokens, (vae := vaes[on("channels last")]).decode(vae.to_latent(tokens, grid).to(features.dtype))
 
 @torch.no_grad()
 def bench(args, device):
-    """A JSON line a case: seconds from features (toy: from the prompt) to pixels, ours beside the naive one padded to LIMIT and a `tight` one, masked
-    but not padded; predicted_s: the first case's by FLOPs; without_..., with_fp8: times ours what all tricks but that one take, and what fp8 does.
-    Random weights, but for the toy."""
+    """A JSON line a case: seconds from features (toy: from the prompt) to pixels, ours beside a naive one padded to LIMIT and a `tight` one, masked, not
+    padded; predicted_s: the first case's by FLOPs; without_..., with_fp8: in units of ours, all tricks but one, and fp8. Random weights but for the toy."""
     for size in [args.size] if args.size else ["toy", "small", *["full"] * (device != "cpu")]:
         (dtype, _), side = pick_dtype(device, args.dtype, lens.SIZES[size].transformer.inner_dim), 1024 if device == "cpu" else 8192
         with torch.device(device):
@@ -231,11 +230,15 @@ def pick_dtype(device, name=None, width=128):
     ratio = seconds[torch.float32][1] / seconds[torch.bfloat16][1]
     return (torch.bfloat16 if ratio > 1.5 else torch.float32), f"bf16 products run {ratio:.1f}x as fast as fp32 here"
 
-KERNELS = {name: getattr(torch.backends.cuda, f"enable_{name}_sdp") for name in ("flash", "cudnn", "mem_efficient", "math")}   # for a CPU too
+KERNELS = dict(flash=SDPBackend.FLASH_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTION, efficient=SDPBackend.EFFICIENT_ATTENTION, math=SDPBackend.MATH)
+CHOICE = contextlib.ExitStack()            # holds what use_attention has entered
 
-def use_attention(*kernels):
-    """Of the kernels behind scaled_dot_product_attention only these, for the whole process; none named: all of them, and PyTorch chooses."""
-    [enable(name in (kernels or KERNELS)) for name, enable in KERNELS.items()]
+def use_attention(kernel=None, alone=False):
+    """For the whole process: this kernel behind scaled_dot_product_attention, and for what it cannot do those after it in KERNELS (alone: none).
+    None: PyTorch's own choice."""
+    CHOICE.close()
+    order = [*KERNELS.values()][[*KERNELS].index(kernel or "flash"):][:1 if alone else None]
+    CHOICE.enter_context(sdpa_kernel(order, set_priority=True)) if kernel else None
 
 @functools.cache
 def pick_attention(device, dtype, config, tokens, learns=False):
@@ -248,7 +251,7 @@ def pick_attention(device, dtype, config, tokens, learns=False):
     mask = torch.ones(len(q), 1, 1, tokens, dtype=torch.bool, device=device) if learns else None
 
     def run(kernel):
-        use_attention(kernel)                                                      # alone: what it cannot do is an error
+        use_attention(kernel, alone=True)                                          # what it cannot do is an error then
         out = F.scaled_dot_product_attention(q, q, q, mask)
         out.backward(out) if learns else None
     able = {}
@@ -333,7 +336,7 @@ def strange_words(prompts, notes):
 # ---------------------------------------------------------------------------------------------------------------------
 # The checker: pixels in, facts out. Colour segmentation, connected regions, and shape by moments.
 
-Found = namedtuple("Found", "shape color size x y")      # shape: one of data.SHAPES, or "unclear"; size and place: shares of the side
+Found = collections.namedtuple("Found", "shape color size x y")      # shape: one of data.SHAPES, or "unclear"; size and place: shares of the side
 
 def _regions(labels):
     """Connected regions (4 neighbours, equal label > 0) of an integer map [H, W]: list of (rows, columns) index arrays."""
@@ -392,8 +395,7 @@ def look(image):
     rgb = np.asarray(image, np.float32)[..., :3] / 255
     (height, width), low, high = rgb.shape[:2], rgb.min(-1), rgb.max(-1)
     chroma = high - low                                                            # [H, W]: 0 on greys, about 0.7 on objects
-    r, g, b = np.moveaxis(rgb, -1, 0)
-    safe = np.maximum(chroma, 1e-6)
+    (r, g, b), safe = np.moveaxis(rgb, -1, 0), np.maximum(chroma, 1e-6)
     hue = np.where(high == r, (g - b) / safe, np.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe)) / 6 % 1
     gap = np.abs(hue[..., None] - HUES)
     nearest = np.minimum(gap, 1 - gap).argmin(-1) + 1
@@ -685,16 +687,14 @@ def arguments(argv):
     words = parser.add_argument_group("the reasoner")
     words.add_argument("--reason", action="store_true", help="rewrite each prompt into a dense one first, as the pictures' captions in training were")
     words.add_argument("--system-prompt", metavar="FILE", help="what the reasoner is told (default: the project's own; rl.py --search finds others)")
-    words.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible, up to and with /v1 (default: the text encoder writes); "
-                                                         "its key is read from LENS_API_KEY")
+    words.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible, up to /v1 (default: the text encoder); its key is read from LENS_API_KEY")
     words.add_argument("--model", default="default", help="the endpoint's model")
     out = parser.add_argument_group("out")
     out.add_argument("--out", default="out", help="folder for the pictures")
     out.add_argument("--cache", default=str(Path.home() / ".cache" / "lens"), help="folder for prompt features, '' for none")
     score = parser.add_argument_group("score")
     score.add_argument("--eval", action="store_true", help="the six-task table on held-out scenes; the last line is JSON")
-    score.add_argument("--bench", action="store_true",
-                       help="our path beside a naive one, a JSON line a case; --size, --steps, --dtype and --compile narrow it")
+    score.add_argument("--bench", action="store_true", help="our path beside a naive one, a JSON line a case; see --size, --steps, --dtype, --compile, --fp8")
     score.add_argument("--per-task", type=int, default=50, help="prompts a task")
     score.add_argument("--requests", choices=("dense", "brief", "vague"), default="dense", help="how the held-out scenes are asked for")
     args = parser.parse_args(argv)
@@ -723,7 +723,7 @@ def main(argv=None):
     height, width = pick_size(args.height, args.width, args.aspect, args.base or int(notes.get("base", BASE)))
     dtype, why = pick_dtype(device, args.dtype, (config or {}).get("inner_dim", 1536))
     kernel, why_kernel = pick_attention(device, dtype, lens.LensConfig.from_dict(config or {}), height * width // 256 + 128)
-    use_attention(kernel, "math")                                                  # math takes what the other cannot
+    use_attention(kernel)
     print(f"{device}, {str(dtype)[6:]} ({why}), {kernel} attention ({why_kernel}); {args.steps} steps, guidance {args.guidance:g}, "
           f"{width} x {height} pixels")
     out = Path(args.out)

@@ -384,7 +384,7 @@ def pick_attention(args, dtype, base, state):
     tokens, config = (base // 16) ** 2 + TEXT[args.size in ("nano", "toy")][0], lens.SIZES[args.size].transformer
     kernel, why = same_everywhere(sample.pick_attention(args.device, dtype, config, tokens, learns=True))
     state["attention"] = state.get("attention") or kernel
-    sample.use_attention(state["attention"], "math")                               # math takes what the other cannot
+    sample.use_attention(state["attention"])
     return f"{state['attention']} attention ({why})"
 
 def make_optimizers(model, stage):
