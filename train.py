@@ -241,7 +241,7 @@ BRIEF = 0.25              # [ours] share of the captions of "position" scenes th
 DROPOUT = 0.1             # [ours] share of samples trained without text: the unconditional branch that guidance needs
 SPIKE, PATIENCE = 4.0, 10  # [ours] a step whose loss is not finite or over SPIKE times the usual is left out; so many in a row end the run
 TOY_GUIDANCE = 3.0        # [ours] without guidance and at 3 and 5, 41, 24 and 33 of 300 pictures were wrong; the released weights' is 5 [checkpoint]
-TEXT = {True: (40, 64), False: (128, sample.LIMIT)}        # tokens of a usual and of the longest caption: the toy's (of 600, 60), and real ones
+TEXT = {True: (40, 64), False: (128, sample.LIMIT)}       # tokens of a usual and of the longest caption, in the toy world (of 600, 60) and outside
 CLIP, EMA = 1.0, 0.998    # [paper] gradient norm; [ours] decay of the weights' average, which is what is sampled and saved
 
 def captions_of(scene, rng):
@@ -383,8 +383,7 @@ def pick_attention(args, dtype, base, state):
     """The fastest attention kernel for training on areas up to base x base, put to use in this process; a resumed run keeps to what it began with."""
     tokens, config = (base // 16) ** 2 + TEXT[args.size in ("nano", "toy")][0], lens.SIZES[args.size].transformer
     kernel, why = same_everywhere(sample.pick_attention(args.device, dtype, config, tokens, learns=True))
-    state["attention"] = state.get("attention") or kernel
-    sample.use_attention(state["attention"])
+    sample.use_attention(state.setdefault("attention", kernel))
     return f"{state['attention']} attention ({why})"
 
 def make_optimizers(model, stage):
@@ -411,12 +410,12 @@ def set_recompute(model, how):
 
 @functools.cache
 def flops(model, tokens, length):
-    """FLOPs of one training step for one picture, forward and backward: 6 for each weight and token that meets it, 12 W N^2 for
-    each block's attention. Recomputation is not counted: it is not work that trains."""
+    """FLOPs of one training step for one picture, forward and backward: 6 for each weight and token that meets it (4 if it is frozen), 12 W N^2
+    for each block's attention. Recomputation is not counted: it is not work that trains."""
     meets = lambda name: 1 if any(k in name for k in ("_mod.", "time", "norm_out")) else length if "txt" in name or "add" in name else tokens
     dead = set(model.unread())
-    weights = sum(p.numel() * meets(name) for name, p in model.named_parameters() if p.ndim == 2 and name not in dead)
-    return 6 * weights + 12 * model.config.num_layers * model.config.inner_dim * (tokens + length) ** 2
+    weights = sum((6 if p.requires_grad else 4) * p.numel() * meets(name) for name, p in model.named_parameters() if p.ndim == 2 and name not in dead)
+    return weights + 12 * model.config.num_layers * model.config.inner_dim * (tokens + length) ** 2
 
 def matmul_peak(device, dtype):
     """FLOP/s of a large matrix product here: what 100% of the machine means in this project."""
@@ -547,6 +546,7 @@ def averaged_model(args, ema):
     state = {name: full.cpu() for name, t in ema.state_dict().items() for full in [whole(t.detach())] if args.rank == 0}
     with torch.device("meta"):
         model = lens.LensTransformer(ema.config)
+        lens.add_lora(model, args.lora, args.lora) if args.lora else None
     return model.load_state_dict(state, assign=True) and model.to(args.device) if state else None
 
 def resumable(model, ema, optimizers):
@@ -586,9 +586,8 @@ def save(args, number, model, ema, optimizers, state, words):
         notes = dict(command=shlex.join(["python", "train.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["total"],
                      trained_seconds=round(state["seconds"]), score=json.dumps(state.get("scores", {})), steps=sample.STEPS,
                      guidance=args.guidance, base=args.table[number].home, words=json.dumps(words))
-        if args.lora:
-            return lens.save_lora(averaged, out, metadata=notes)
-        lens.save_pipeline(out, transformer=averaged, metadata=notes, base=None if has_parts(out) else os.path.relpath(args.parts, out))
+        lens.save_lora(averaged, out, metadata=notes) if args.lora else lens.save_pipeline(
+            out, transformer=averaged, metadata=notes, base=None if has_parts(out) else os.path.relpath(args.parts, out))
 
 def resume(args, model, ema, optimizers, state):
     """Loads the newest state of --out into what is here, whatever number of ranks saved it; -> its stage, or None."""
@@ -609,9 +608,10 @@ def dry_run(args):
     stage, gib = args.table[args.stages[-1]], 2**30
     with torch.device("meta"):
         model = lens.LensTransformer(lens.SIZES[args.size].transformer)
-    dead, total = set(model.unread()), sum(p.numel() for p in model.parameters())
-    learnt = sum(p.numel() for n, p in model.named_parameters() if n not in dead)
-    fixed = {"weights": 4 * total, "average": 4 * total, "gradients": 4 * learnt, "moments": 8 * learnt}       # all of them fp32
+        dead, total = set(model.unread()), sum(p.numel() for p in model.parameters())
+        lens.add_lora(model, args.lora, args.lora) if args.lora else None
+    learnt = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and n not in dead)
+    fixed = {"weights": 4 * total, "average": 4 * learnt, "gradients": 4 * learnt, "moments": 8 * learnt}      # all of them fp32
     print(f"{args.size}: {total:,} parameters, {learnt:,} of them learn; in GiB: " + ", ".join(f"{k} {v / gib:.2f}" for k, v in fixed.items()))
     print(f"{'pictures':>16} {'recompute':>10} {'activations GiB':>16} {'one GPU':>9} {'FSDP on 8':>10} {'TFLOP a step':>13}")
     for (area, count), how in itertools.product(stage.batch.items(), ("none", "selective", "full")):
@@ -694,7 +694,7 @@ def train_denoiser(args):
     args.encoder.layers = config.selected_layer_index                        # a folder of parts alone does not say which
     [p.requires_grad_(False) for name, p in model.named_parameters() if name in set(model.unread())]
     args.say(f"LoRA of rank {args.lora} on {lens.add_lora(model, args.lora, args.lora, generator=generator(args.seed))} layers") if args.lora else None
-    ema = copy.deepcopy(model).requires_grad_(False)
+    ema = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad}).requires_grad_(False)         # what is frozen is shared
     if args.labels:                # after the copy, so that neither the average nor what is saved to sample from has it
         model.label_head = autoencoder.label_head(config.inner_dim).to(args.device)
     state = {"step": 0, "total": 0, "seen": 0, "seconds": 0.0, "bf16": None, "usual": None, "in_a_row": 0, "skipped": 0, "replaced": 0}

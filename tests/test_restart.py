@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -148,13 +149,14 @@ def test_recomputing_keeps_less():
     assert none > 1.5 * selective and selective > 1.5 * full > 0
 
 
-@pytest.mark.parametrize("size, grid, length", [("nano", (4, 6), 7), ("toy", (6, 6), 30), ("small", (16, 16), 100)])
-def test_flops_are_those_that_torch_counts(size, grid, length):
+@pytest.mark.parametrize("size, grid, length, rank", [("nano", (4, 6), 7, 0), ("toy", (6, 6), 30, 0), ("small", (16, 16), 100, 0), ("small", (16, 16), 100, 8)])
+def test_flops_are_those_that_torch_counts(size, grid, length, rank):
     with torch.device("meta"):
         model = lens.LensTransformer(lens.SIZES[size].transformer).train()
     model = model.to_empty(device="cpu")
     for name, p in model.named_parameters():
         p.requires_grad_(name not in set(model.unread()))
+    lens.add_lora(model, rank, rank) if rank else None
     c, n = model.config, grid[0] * grid[1]
     tokens, text = torch.randn(2, n, c.in_channels), [torch.randn(2, length, c.enc_hidden_dim) for _ in c.selected_layer_index]
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -167,6 +169,11 @@ def test_the_dry_run_makes_no_weights(capsys):
     train.main(["--size", "nano", "--stage", "2", "--dry-run"])
     said = capsys.readouterr().out
     assert "89,872 parameters" in said and said.count("selective") == 2
+    train.main(["--size", "nano", "--stage", "2", "--dry-run", "--lora", "4"])
+    adapter = int(re.search(r"89,872 parameters, ([\d,]+) of them learn", capsys.readouterr().out)[1].replace(",", ""))
+    model = lens.build("nano")
+    lens.add_lora(model, 4, 4)
+    assert adapter == sum(p.numel() for p in lens.lora_parameters(model)) and 0 < adapter < 10_000
 
 
 def test_lora_trains_an_adapter_and_nothing_else(command, undisturbed, tmp_path):

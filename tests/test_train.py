@@ -171,7 +171,7 @@ def test_the_memory_account_is_what_the_allocator_gives(how):
         p.requires_grad_(name not in dead)
     train.set_recompute(model, how)
     with allocated("average"):
-        average = copy.deepcopy(model)
+        average = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
     optimizers = train.make_optimizers(model, train.Stage((512,), (24,), 1, 1e-4))
     with allocated("activations"):
         with torch.autocast("cpu", torch.bfloat16):
@@ -180,7 +180,7 @@ def test_the_memory_account_is_what_the_allocator_gives(how):
     with allocated("moments"):
         optimizers[0].step()
     total, learnt = sum(p.numel() for p in average.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    for name, account in {"weights": 4 * total, "average": 4 * total, "moments": 8 * learnt, "activations": train.activations(config, how, count, grid, length)}.items():
+    for name, account in {"weights": 4 * total, "average": 4 * learnt, "moments": 8 * learnt, "activations": train.activations(config, how, count, grid, length)}.items():
         assert abs(measured[name] / account - 1) < 0.05, (name, measured[name], account)
 
 
@@ -283,6 +283,20 @@ def test_ranks_learn_what_one_process_learns(parts, tmp_path, monkeypatch, capsy
     train.main([*command, "--accumulate", str(ranks), "--steps", "8", "--out", str(tmp_path / "many")])
     assert "at step 12" in capsys.readouterr().out and [r["step"] for r in rows(tmp_path / "many")] == list(range(1, 15))
     assert rows(tmp_path / "one")[-1]["loss"] == pytest.approx(rows(tmp_path / "many")[-1]["loss"], rel=1e-4)
+
+
+def test_ranks_that_share_their_weights_train_the_adapter_that_one_process_trains(parts, tmp_path, monkeypatch):
+    command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--save-every", "100", "--preview-every", "0", "--device", "cpu", "--batch", "4", "--steps", "5"]
+    monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare numbers"))
+    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare numbers"))
+    train.main([*command, "--out", str(tmp_path / "base")])
+    command += ["--init", str(tmp_path / "base"), "--lora", "4"]
+    torchrun(2, steady_script(tmp_path), [*command, "--fsdp", "--out", tmp_path / "many"])
+    train.main([*command, "--accumulate", "2", "--out", str(tmp_path / "one")])
+    base, one, many = (lens.load_transformer(tmp_path / "base") for _ in range(3))
+    lens.load_lora(one, tmp_path / "one"), lens.load_lora(many, tmp_path / "many")
+    moved = {k: (w - base.state_dict()[k]).abs().max() for k, w in one.state_dict().items() if not torch.equal(w, base.state_dict()[k])}
+    assert len(moved) > 10 and all(torch.allclose(w, many.state_dict()[k], atol=1e-2 * moved.get(k, 0) + 1e-9) for k, w in one.state_dict().items())
 
 
 def test_ranks_take_compiled_blocks(parts, tmp_path, monkeypatch):
