@@ -80,15 +80,15 @@ def denoise(model, noise, text, text_mask, grid, steps, guidance, on_step=None, 
         return x + gaps[i] * v, v
 
     for i in range(start, steps):
-        step = recorded(step, x) if model.graph and i == start + 1 else step             # the first step compiles: that cannot be recorded
+        step = recorded(step, x) if model.graph and i == start + 1 else step       # not the first: what compiles or warms up cannot be recorded
         x, v = step(x, i)
         if on_step:
             on_step(i, x, v)
     return x
 
 def recorded(step, x):
-    """step(x, i) as one launch instead of thousands: small pictures are drawn faster than Python can ask for kernels, and large ones
-    lose the gaps between them. A graph reads and writes the same memory each time, so what goes in and comes out is copied."""
+    """step(x, i) as one launch instead of thousands: a GPU draws small pictures faster than Python can ask for kernels. A graph reads and writes
+    the same memory each time, so what goes in and comes out is copied. It lives as long as one call of denoise: recording costs about a step."""
     graph, x, i = torch.cuda.CUDAGraph(), x.clone(), torch.zeros(1, dtype=torch.long, device=x.device)
     with torch.cuda.graph(graph):
         out = step(x, i)
@@ -243,16 +243,16 @@ def use_attention(kernel=None, alone=False):
 @functools.cache
 def pick_attention(device, dtype, config, tokens, learns=False):
     """(kernel, why): the fastest for sequences of so many tokens, measured; learns: masked and with its backward pass, as training has it. PyTorch's
-    own order knows neither: on a CPU its first, flash, wins every forward (1.3 to 5 times as fast at 64 to 1024 tokens) and in fp32 every backward,
-    but in bf16 the backward takes twice as long as plain products at 104 tokens, and half as long at 256."""
+    own order is fixed, cuDNN last: on a CPU its first, flash, wins every forward (1.3 to 5 times as fast at 64 to 1024 tokens) and in fp32 every
+    backward, but in bf16 its backward takes twice as long as plain products at 104 tokens, and half as long at 256."""
     if device == "cpu" and not learns:
         return "flash", "the fastest forwards on a CPU"
-    q = torch.randn(3 * learns + 1, config.num_attention_heads, tokens, config.attention_head_dim, device=device, dtype=dtype, requires_grad=learns)
+    q = torch.randn(3 * learns + 1, tokens, config.num_attention_heads, config.attention_head_dim, device=device, dtype=dtype, requires_grad=learns)
     mask = torch.ones(len(q), 1, 1, tokens, dtype=torch.bool, device=device) if learns else None
 
     def run(kernel):
         use_attention(kernel, alone=True)                                          # what it cannot do is an error then
-        out = F.scaled_dot_product_attention(q, q, q, mask)
+        out = F.scaled_dot_product_attention(*[q.transpose(1, 2)] * 3, mask)       # laid out as the blocks have it
         out.backward(out) if learns else None
     able = {}
     with warnings.catch_warnings():
@@ -263,7 +263,7 @@ def pick_attention(device, dtype, config, tokens, learns=False):
                 able[kernel] = functools.partial(run, kernel)
     seconds = {kernel: median for kernel, (_, median, _) in autoencoder.race(able, 5, device).items()}
     use_attention()
-    best = next(kernel for kernel, s in seconds.items() if s < 1.1 * min(seconds.values()))                # the first of equals, run by run
+    best = next(kernel for kernel, s in seconds.items() if s < 1.1 * min(seconds.values()))                # of equals the first: runs agree
     return best, ", ".join(f"{kernel} {1000 * s:.2g} ms" for kernel, s in seconds.items())
 
 def pick_size(height, width, aspect, base):
@@ -710,8 +710,8 @@ def main(argv=None):
     args = arguments(argv)
     device = pick_device(args.device)
     lens.require(not args.cuda_graph or device != "cpu", "--cuda-graph is for a GPU: leave it out on the CPU")
-    lens.require(not args.fp8 or device == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9),
-                 "--fp8: this GPU has no fp8 products (an L4, RTX 4090, H100 or newer has): leave it out")
+    lens.require(not args.fp8 or device == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9) and args.dtype != "fp32",
+                 "--fp8 is for bf16 on a GPU with fp8 products (L4, RTX 4090, H100 or newer): leave it out")
     if args.bench:
         return bench(args, device)
     folder = lens.fetch(args.weights, ("transformer", "vae", "text_encoder"))
