@@ -179,12 +179,12 @@ def bench(args, device):
     padded; predicted_s: the first case's by FLOPs; without_..., with_fp8: in units of ours, all tricks but one, and fp8. Random weights but for the toy."""
     for size in [args.size] if args.size else ["toy", "small", *["full"] * (device != "cpu")]:
         (dtype, _), side = pick_dtype(device, args.dtype, lens.SIZES[size].transformer.inner_dim), 1024 if device == "cpu" else 8192
-        with torch.device(device):
-            big, model, vae, encoder = torch.randn(side, side).to(dtype), *(lens.load_pipeline(TOY, device, dtype) if size == "toy" else (
-                lens.LensTransformer(lens.SIZES[size].transformer).to(dtype), autoencoder.LensVAE(lens.SIZES[size].vae).eval().to(dtype), None))
+        with torch.device("cpu" if size == "toy" else device):                     # inside a GPU's context transformers would want accelerate
+            model, vae, encoder = lens.load_pipeline(TOY, device, dtype) if size == "toy" else (
+                lens.LensTransformer(lens.SIZES[size].transformer).to(dtype), autoencoder.LensVAE(lens.SIZES[size].vae).eval().to(dtype), None)
         vaes = (copy.deepcopy(vae).to(memory_format=torch.contiguous_format),
                 vae.to(memory_format=torch.channels_last if dtype == torch.bfloat16 else torch.contiguous_format))
-        rounded = lens.to_fp8(copy.deepcopy(model)) if args.fp8 else None
+        big, rounded = torch.randn(side, side, device=device).to(dtype), lens.to_fp8(copy.deepcopy(model)) if args.fp8 else None
         [lens.quicken(m, v) for m, v in ((model, vae), (rounded, None)) if m and args.compile]
         n, (low, mid, high) = args.steps or STEPS, {"full": (32, 64, 90), "nano": (2, 4, 8)}.get(size, (8, 16, 32))
         for k, (h, batch, steps, g, S) in enumerate([                              # 128: the paper's captions have 109 words

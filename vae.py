@@ -18,7 +18,7 @@ The denoiser never sees pixels: it sees the tokens. So the tokens decide how har
 few (16x down), smooth (the KL term: nearby latents decode to nearby pictures), and of unit variance (BatchNorm statistics).
 Departures: the paper takes FLUX.2's weights, frozen; our toy is trained here, its semantic term a linear head, then thrown away.
 """
-import argparse, copy, functools, json, math, os, resource, sys, time
+import argparse, copy, functools, json, math, os, sys, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -306,6 +306,7 @@ def race(runners, rounds, device):
 
 def tell(found, work, peak, device, **row):
     """Prints a case's JSON line: row, and what race found of ours, the naive and the tight path; work: our FLOPs, peak: FLOP/s of a matrix product."""
+    import resource                                           # Unix has it: only --bench may need it
     (cold, ours, _), naive, tight = found["ours"], found["naive"][1], found["tight"][1]
     name, memory = ((f"cpu, {torch.get_num_threads()} threads", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
                     if device == "cpu" else (torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()))

@@ -1,4 +1,5 @@
 """--bench: every fast path computes what the plain one does, and the lines that it prints say what they must."""
+import argparse
 import copy
 import functools
 import json
@@ -205,6 +206,15 @@ def test_the_bench_of_samples_prints_json_lines(capsys):
     assert 3.9 < double <= 4.001
     assert {f"without_{trick.replace(' ', '_')}" for trick in sample.TRICKS if trick not in ("compiled", "CUDA graph")} <= rows[0].keys()
     assert all(row["with_fp8"] > 0 for row in rows)
+
+
+def test_the_bench_loads_the_toy_outside_a_gpus_context(monkeypatch):
+    """transformers takes a `with torch.device("cuda")` for a device_map, and refuses without accelerate: seen in its source, since no GPU was at hand."""
+    def load(*_):
+        raise lens.LensError(f"loaded for {_[1]} on {torch.get_default_device()}")
+    monkeypatch.setattr(lens, "load_pipeline", load)
+    with pytest.raises(lens.LensError, match="loaded for meta on cpu"):
+        sample.bench(argparse.Namespace(size="toy", dtype="bf16", compile=False, fp8=False, steps=None), "meta")
 
 
 def test_flags_for_a_gpu_are_refused_in_one_line_or_work_on_a_cpu(tmp_path, capsys):
