@@ -1,12 +1,15 @@
 """--bench: every fast path computes what the plain one does, and the lines that it prints say what they must."""
 import argparse
+import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import shutil
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import full_step
 import lens
@@ -183,6 +186,46 @@ def test_every_attention_kernel_gives_the_same_and_the_fastest_is_picked(toy, de
     sample.pick_attention.cache_clear()
     assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
     assert sample.pick_attention("cpu", dtype, model.config, 60)[0] == "flash"              # forwards alone
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A device without values: to read a number from it fails, as it would make a GPU wait; to mix it with the CPU fails, as it would on a GPU."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)                     # the only thing that this device does not know
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    config = dataclasses.replace(lens.SIZES["full"].transformer, num_layers=2)              # of full width; all 48 blocks pass too, in a minute
+    with torch.device("meta"):
+        parts = lens.LensTransformer(config).bfloat16(), vae.LensVAE(lens.SIZES["full"].vae).eval().bfloat16(), lens.LensTransformer(config).train()
+    lens.rope_table.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield [part.to_empty(device="meta") for part in parts]
+    lens.rope_table.cache_clear()
+
+
+@pytest.mark.parametrize("side, batch, guidance", [(64, 1, 5.0), (16, 2, 5.0), (64, 1, 1.0)])
+def test_a_picture_of_full_size_never_waits_for_the_device(elsewhere, side, batch, guidance):
+    model, auto, _ = elsewhere
+    features, noise = torch.empty(4, 128, 2880, device="meta", dtype=torch.bfloat16), torch.empty(batch, side**2, 128, device="meta")
+    with torch.no_grad():
+        for m in (model, lens.to_fp8(model)):
+            for without in ((), sample.TRICKS):
+                tokens, pixels = sample.attempt(m, (auto, auto), features, noise, (side, side), 3, guidance, without)
+                assert tokens.device.type == pixels.device.type == "meta" and pixels.shape == (batch, 3, 16 * side, 16 * side)
+    assert sum(isinstance(layer, lens.Fp8Linear) for layer in model.modules()) == 5 * 2
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+def test_a_training_step_of_full_size_waits_for_the_device_once(elsewhere, how):
+    (*_, model), tokens = elsewhere, 32 * 32
+    [p.requires_grad_(False) for name, p in model.named_parameters() if name in set(model.unread())]
+    train.set_recompute(model, how)
+    args = argparse.Namespace(device="meta", fsdp=False, ranks=1, labels=False, notice=[], seed=0)
+    batch = torch.zeros(2, tokens, 128), list(torch.ones(4, 2, 128, 2880)), torch.ones(2, 128, dtype=torch.bool), []
+    with pytest.raises(DataDependentOutputException) as stopped:
+        train.train_step(args, argparse.Namespace(sizes=[(512, 512)]), model, model, [((0, range(2), 0), 1)], 2, iter([batch]), train.STAGES["full"][2],
+                         {"bf16": True, "replaced": 0})
+    assert [str(e.statement).strip() for e in stopped.traceback if e.path.name == "train.py"][-1].startswith("sums = sums.tolist()")
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters() if p.requires_grad)
 
 
 def test_race_takes_turns_and_leaves_the_first_run_out():
