@@ -768,10 +768,10 @@ def main(argv=None):
     pictures = generate([prompts[p] for p, _, _ in jobs], pipeline, seeds=[seed for *_, seed in jobs], height=height, width=width,
                         steps=args.steps, guidance=args.guidance, features=[features[p] for p, _, _ in jobs] + features[-1:],
                         images=[start] * len(jobs) if start else None, strength=args.strength, progress=True)
-    weights_id = identity(folder)
+    weights_id, precision = identity(folder), str(dtype)[6:] + " and fp8" * args.fp8
     for (p, k, seed), picture in zip(jobs, pictures):
-        chunks = dict(prompt=prompts[p], negative=args.negative, seed=seed, steps=args.steps, guidance=args.guidance, size=f"{width}x{height}",
-                      weights=weights_id, lora=f"{args.lora} x {args.lora_strength}" if args.lora else "", date=args.date, software="Lens")
+        chunks = dict(prompt=prompts[p], negative=args.negative, seed=seed, steps=args.steps, guidance=args.guidance, size=f"{width}x{height}", date=args.date,
+                      weights=weights_id, lora=f"{args.lora} x {args.lora_strength}" if args.lora else "", precision=precision, software="Lens")
         chunks.update(request=requests[p], system_prompt=system, reasoner=args.model if args.endpoint else "the text encoder") if args.reason else None
         if rows is not None:                                                       # GenEval: 00000/metadata.jsonl, 00000/samples/0000.png
             path = out / f"{p:05d}" / "samples" / f"{k:04d}.png"

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import full_step
@@ -265,8 +266,9 @@ def test_flags_for_a_gpu_are_refused_in_one_line_or_work_on_a_cpu(tmp_path, caps
         sample.main(["--prompt", "a red circle", "--cuda-graph", "--device", "cpu"])
     make = lambda name, *flags: sample.main(["--prompt", "a red circle", "--steps", "3", "--device", "cpu", "--cache", "", "--out", str(tmp_path / name), *flags])
     make("plain"), make("rounded", "--fp8")
-    plain, rounded = (next((tmp_path / name).glob("*.png")).read_bytes() for name in ("plain", "rounded"))
-    assert plain != rounded and "flash attention" in capsys.readouterr().out
+    plain, rounded = (Image.open(next((tmp_path / name).glob("*.png"))) for name in ("plain", "rounded"))
+    assert plain.tobytes() != rounded.tobytes() and "flash attention" in capsys.readouterr().out
+    assert plain.text["precision"] in ("bfloat16", "float32") and rounded.text["precision"] == plain.text["precision"] + " and fp8"
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
