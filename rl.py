@@ -464,7 +464,7 @@ def train_policy(args):
     parallel = torch.nn.parallel.DistributedDataParallel(model) if args.ranks > 1 else model
     state = resume(args, model, optimizer, named)
     kernel = train.pick_attention(args, dtype, how.base, state)
-    sample.use_attention()
+    sample.use_attention()                                 # until a step trains: see rl_step
     for group in optimizer.param_groups:
         group["lr"] = args.lr
     judge = EndpointJudge(args.endpoint, args.model, out / f"judge-{args.rank}.jsonl") if args.endpoint else Checker()
@@ -481,8 +481,8 @@ def train_policy(args):
         lens.set_lora(model, "ema")
         size = data.bucket(how.base)
         data.contact_sheet(sample.generate([p for p, _ in shown], (model, vae, encoder), seeds=[s for _, s in shown],
-                                             height=size[0], width=size[1], steps=sample.STEPS, guidance=1.0,
-                                             batch_size=how.batch), 6).save(out / name)
+                                           height=size[0], width=size[1], steps=sample.STEPS, guidance=1.0,
+                                           batch_size=how.batch), 6).save(out / name)
     told = lambda scores: ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
     if state["step"] == 0 and args.rank == 0:                                      # what the run will be held against
         if args.preview_every:

@@ -234,17 +234,17 @@ KERNELS = dict(flash=SDPBackend.FLASH_ATTENTION, cudnn=SDPBackend.CUDNN_ATTENTIO
 CHOICE = contextlib.ExitStack()            # holds what use_attention has entered
 
 def use_attention(kernel=None, alone=False):
-    """For the whole process: this kernel behind scaled_dot_product_attention, and for what it cannot do those after it in KERNELS (alone: none).
-    None: PyTorch's own choice."""
+    """For the whole process: this kernel behind scaled_dot_product_attention, then those after it in KERNELS (alone: none). None: PyTorch's own choice."""
     CHOICE.close()
-    order = [*KERNELS.values()][[*KERNELS].index(kernel or "flash"):][:1 if alone else None]
-    CHOICE.enter_context(sdpa_kernel(order, set_priority=True)) if kernel else None
+    if kernel:                                                                     # those after it do what it cannot: a mask, a wide head
+        order = [KERNELS[kernel]] if alone else [*KERNELS.values()][[*KERNELS].index(kernel):]
+        CHOICE.enter_context(sdpa_kernel(order, set_priority=True))
 
 @functools.cache
 def pick_attention(device, dtype, config, tokens, learns=False):
     """(kernel, why): the fastest for sequences of so many tokens, measured; learns: masked and with its backward pass, as training has it. PyTorch's
-    own order is fixed, cuDNN last: on a CPU its first, flash, wins every forward (1.3 to 5 times as fast at 64 to 1024 tokens) and in fp32 every
-    backward, but in bf16 its backward takes twice as long as plain products at 104 tokens, and half as long at 256."""
+    own order is fixed, cuDNN last: on a CPU its first, flash, wins every forward (1.3 to 5 times as fast at 64 to 1024 tokens) and in fp32
+    loses no backward, but in bf16 its backward takes twice as long as plain products at 104 tokens, and mostly less from 256 on."""
     if device == "cpu" and not learns:
         return "flash", "the fastest forwards on a CPU"
     q = torch.randn(3 * learns + 1, tokens, config.num_attention_heads, config.attention_head_dim, device=device, dtype=dtype, requires_grad=learns)

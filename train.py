@@ -82,7 +82,8 @@ def make_moments(optimizers):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = 0.0                                                      # every step sets it anew
-            [setattr(p, "grad", torch.zeros_like(p)) for p in group["params"]]
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
         optimizer.step(), optimizer.zero_grad()
 
 def on_notice():
@@ -652,7 +653,6 @@ def bench(args):
     optimizers, state, peak = make_optimizers(model, stage), {"bf16": dtype == torch.bfloat16, "replaced": 0}, matmul_peak(args.device, dtype)
     set_recompute(model, args.recompute)
     lens.quicken(model, fullgraph=False) if args.compile else None
-
     def measure(area, count):
         def gradients(length=S, ours=True):
             pick_attention(args, dtype, area, {}) if ours else sample.use_attention()

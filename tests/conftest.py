@@ -13,6 +13,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
+# The choices that a clock makes, made: for tests that compare numbers. A script that such a test starts begins with STEADY.
+STEADY = ("import sample, torch\nsample.pick_dtype = lambda *a: (torch.float32, 'tests compare numbers')\n"
+          "sample.pick_attention = lambda *a, **k: ('flash', 'tests compare numbers')\n")
+
+
+def steady(patch):
+    import sample
+    patch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare numbers"))
+    patch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare numbers"))
+
+
 @pytest.fixture(autouse=True)
 def every_attention_kernel():
     """Training picks a kernel for its process, and here many runs share one."""

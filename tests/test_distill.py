@@ -18,6 +18,7 @@ import distill
 import lens
 import sample
 import train
+from conftest import STEADY, steady
 from lens import LensError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,10 +159,9 @@ def base(parts, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def fp32():
-    picks, sample.pick_dtype = (sample.pick_dtype, sample.pick_attention), lambda *a: (torch.float32, "tests compare bits")
-    sample.pick_attention = lambda *a, **k: ("flash", "tests compare bits")
-    yield
-    sample.pick_dtype, sample.pick_attention = picks
+    with pytest.MonkeyPatch.context() as patch:
+        steady(patch)
+        yield
 
 
 FLAGS = ["--size", "nano", "--eval-every", "0", "--preview-every", "0", "--save-every", "1", "--device", "cpu", "--lr", "0.001"]
@@ -200,8 +200,7 @@ def alike(a, b):
 
 
 def test_a_run_that_is_killed_and_told_to_stop_goes_on_to_the_bit(base, whole, tmp_path):
-    (tmp_path / "run.py").write_text("import sys, torch, sample, distill\nsample.pick_dtype = lambda *a: (torch.float32, '')\n"
-                                     "sample.pick_attention = lambda *a, **k: ('flash', '')\nsample.run(lambda: distill.main(sys.argv[1:]))\n")
+    (tmp_path / "run.py").write_text(STEADY + "import sys, distill\nsample.run(lambda: distill.main(sys.argv[1:]))\n")
     out, log = tmp_path / "out", tmp_path / "out" / "metrics.jsonl"
     out.mkdir()
     shutil.copy(base / "world.safetensors", out)

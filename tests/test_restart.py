@@ -17,11 +17,11 @@ import data
 import lens
 import sample
 import train
+from conftest import STEADY, steady
 from test_shards import make_shards
 
 ROOT = Path(__file__).parent.parent
-ALIKE = ("import sys, torch, sample, train\nsample.pick_dtype = lambda *a: (torch.float32, 'tests compare bits')\n"
-         "sample.pick_attention = lambda *a, **k: ('flash', 'tests compare bits')\n")
+ALIKE = STEADY + "import sys, train\n"
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,10 @@ def rows(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(command, tmp_path_factory):
-    out, picks = tmp_path_factory.mktemp("whole"), (sample.pick_dtype, sample.pick_attention)
-    sample.pick_dtype, sample.pick_attention = lambda *a: (torch.float32, "tests compare bits"), lambda *a, **k: ("flash", "tests compare bits")
-    train.main([*command, "--out", str(out), "--workers", "0"])
-    sample.pick_dtype, sample.pick_attention = picks
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        steady(patch)
+        train.main([*command, "--out", str(out), "--workers", "0"])
     return out
 
 
@@ -84,8 +84,7 @@ def test_other_shards_are_refused_and_spoilt_samples_are_counted(command, undist
 
 def test_cached_latents_train_as_pictures_do(command, shards, parts, tmp_path, monkeypatch):
     """The same samples in the same order, but for the crop, which pictures of their bucket's own size do not have."""
-    monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare numbers"))
-    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare numbers"))
+    steady(monkeypatch)
     data.main(["cache", "--data", shards, "--bases", "64,96", "--weights", str(parts), "--out", str(tmp_path / "latents")])
     cached = [str(tmp_path / "latents" / "*.tar") if word == shards else word for word in command]
     train.main([*cached, "--out", str(tmp_path / "run"), "--workers", "0"])

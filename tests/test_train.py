@@ -20,6 +20,7 @@ import lens
 import sample
 import train
 import vae as autoencoder
+from conftest import STEADY, steady
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +124,7 @@ def test_labels_are_learnt_from_an_early_block_and_leave_no_trace(parts, tmp_pat
     assert torch.allclose(autoencoder.label_loss(ignorant, seen[0], labels), torch.tensor(np.log(shapes) + np.log(colors) + 2 * 5 / 6).float())
     wise = lambda img: torch.cat([50.0 * F.one_hot(labels[..., k].long(), n) for k, n in enumerate((shapes, colors))] + [labels[..., 2:]], -1)
     assert autoencoder.label_loss(wise, seen[0], labels).max() < 1e-6
-    monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "the same on every machine"))
-    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "the same on every machine"))
+    steady(monkeypatch)
     command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--preview-every", "0", "--device", "cpu"]
     train.main([*command, "--steps", "150", "--out", str(tmp_path)])
     told = [r["label_loss"] for r in rows(tmp_path)]
@@ -207,8 +207,7 @@ def test_compiled_blocks_compute_what_plain_ones_do():
 
 def test_training_learns_and_resumes_bit_for_bit(parts, tmp_path, monkeypatch, capsys):
     command = ["--size", "nano", "--parts", str(parts), "--steps", "8", "--save-every", "3", "--preview-every", "0", "--device", "cpu"]
-    monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare bits"))
-    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare bits"))
+    steady(monkeypatch)
     train.main([*command, "--out", str(tmp_path / "whole")])
     losses = [r["loss"] for r in rows(tmp_path / "whole")]
     assert [r["step"] for r in rows(tmp_path / "whole")] == list(range(1, 17))          # stage 1, then stage 2
@@ -258,9 +257,7 @@ def torchrun(ranks, script, command, timeout=300):
 def steady_script(folder, first=""):
     """train.py but for the choices of precision and attention, which a clock makes; `first`: a line of Python before it begins."""
     script = folder / "ranks.py"
-    script.write_text("import functools, sys, torch, sample, train\nsample.pick_dtype = lambda *a: (torch.float32, 'tests compare numbers')\n"
-                      "sample.pick_attention = lambda *a, **k: ('flash', 'tests compare numbers')\n"
-                      f"{first}\ntrain.main(sys.argv[1:])\n")
+    script.write_text(STEADY + f"import functools, sys, train\n{first}\ntrain.main(sys.argv[1:])\n")
     return script
 
 
@@ -270,8 +267,7 @@ def test_ranks_learn_what_one_process_learns(parts, tmp_path, monkeypatch, capsy
     than others, and the last step of an epoch leaves a rank with nothing to do. What the ranks saved, one process goes on from."""
     command = ["--size", "nano", "--parts", str(parts), "--save-every", "100", "--preview-every", "0", "--device", "cpu", "--batch", "5,3"]
     torchrun(ranks, steady_script(tmp_path), [*command, *how, "--steps", "6", "--out", tmp_path / "many"])
-    monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare numbers"))
-    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare numbers"))
+    steady(monkeypatch)
     train.main([*command, "--accumulate", str(ranks), "--steps", "6", "--out", str(tmp_path / "one")])
     one, many = rows(tmp_path / "one"), rows(tmp_path / "many")
     assert [r["step"] for r in many] == list(range(1, 13))
@@ -287,8 +283,7 @@ def test_ranks_learn_what_one_process_learns(parts, tmp_path, monkeypatch, capsy
 
 def test_ranks_that_share_their_weights_train_the_adapter_that_one_process_trains(parts, tmp_path, monkeypatch):
     command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--save-every", "100", "--preview-every", "0", "--device", "cpu", "--batch", "4", "--steps", "5"]
-    monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare numbers"))
-    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare numbers"))
+    steady(monkeypatch)
     train.main([*command, "--out", str(tmp_path / "base")])
     command += ["--init", str(tmp_path / "base"), "--lora", "4"]
     torchrun(2, steady_script(tmp_path), [*command, "--fsdp", "--out", tmp_path / "many"])
@@ -305,8 +300,7 @@ def test_ranks_take_compiled_blocks(parts, tmp_path, monkeypatch):
     command = ["--size", "nano", "--stage", "1", "--steps", "3", "--parts", str(parts), "--preview-every", "0", "--device", "cpu", "--batch", "4"]
     small = "torch.nn.parallel.DistributedDataParallel = functools.partial(torch.nn.parallel.DistributedDataParallel, bucket_cap_mb=0.001)"
     torchrun(2, steady_script(tmp_path, small), [*command, "--compile", "--out", tmp_path / "many"])
-    monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare numbers"))
-    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare numbers"))
+    steady(monkeypatch)
     train.main([*command, "--accumulate", "2", "--out", str(tmp_path / "one")])
     losses = [[r["loss"] for r in rows(tmp_path / name)] for name in ("many", "one")]
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -315,8 +309,7 @@ def test_ranks_take_compiled_blocks(parts, tmp_path, monkeypatch):
 def test_sigterm_saves_and_ends_well(parts, tmp_path, monkeypatch, capsys):
     command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--steps", "8", "--preview-every", "0", "--out", str(tmp_path), "--device", "cpu"]
     step, count = train.flow_matching_loss, [0]
-    monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare bits"))
-    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare bits"))
+    steady(monkeypatch)
     def notified(*a):
         count[0] += 1
         if count[0] == 5:
@@ -333,8 +326,7 @@ def test_sigterm_saves_and_ends_well(parts, tmp_path, monkeypatch, capsys):
 def test_a_bad_step_is_left_out_and_counted_and_many_end_the_run(parts, tmp_path, monkeypatch):
     command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--preview-every", "0", "--save-every", "3", "--device", "cpu"]
     step, count, bad = train.flow_matching_loss, [0], {4: float("nan"), 6: 1e3}
-    monkeypatch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare bits"))
-    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare bits"))
+    steady(monkeypatch)
     def sometimes(*a):
         count[0] += 1
         return step(*a) * bad.get(count[0], 1.0)
