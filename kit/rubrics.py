@@ -1,0 +1,222 @@
+"""What pictures are judged by: prompts with rubrics, and a judge behind an endpoint.
+
+Read before: kit/chat.py. `rl.py` rewards what the judges say; `toy/rubrics.py` has the toy's own
+prompts, and a check whether a judge can be trusted.
+"""
+import collections
+import json
+import math
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+
+from kit.chat import Endpoint, chat_about, parse_json
+from kit.files import error_context, read_text, require, write_json_lines
+
+# --- Prompts with rubrics -------------------------------------------------------------------------
+
+class Rubric(TypedDict, total=False):
+    """A statement about a picture, which a judge affirms or denies."""
+    name: str                 # what the log counts it under, two words at most
+    check: str                # the statement, in words
+    fact: object              # the same for the checker, a toy.world.Fact; the toy's alone
+    held_out: bool            # judged, but never rewarded
+
+
+class PromptRow(TypedDict):
+    """A prompt and what its pictures are judged by. A file's lines have it without the size."""
+    prompt: str
+    rubrics: list             # [Rubric]
+    size: tuple               # (height, width) of its pictures
+
+
+# The global rubric of every prompt. [paper]
+COHERENT = Rubric(
+    name="coherent",
+    check="The whole picture is structurally coherent and physically plausible.")
+
+# Where a held-out rubric falls while the reward rises, the reward is being gamed. The toy's facts
+# pass over specks that are smaller than any object, so a policy that pleases them may leave some.
+CLEAN = Rubric(name="clean", check="There are no stray specks or smears.", held_out=True)
+
+
+def read_rows(path, sizes):
+    """[PromptRow] of a JSON-lines file, the sizes in turn. LensError names a line that is none.
+
+    A line: {"prompt": "...", "rubrics": [{"name": "...", "check": "...", "held_out": true}, ...]};
+    "held_out" may be missing, and there may be more.
+    """
+    lines = []
+    if Path(path).is_file():
+        lines = read_text(path).splitlines()
+
+    rows = []
+    for n, line in enumerate(lines, start=1):
+        with error_context(f"--data {path}, line {n}: not a prompt with rubrics"):
+            given = json.loads(line)
+            prompt = given["prompt"]
+            require(prompt.strip(), f"--data {path}, line {n}: its prompt is empty")
+            rubrics = [read_rubric(rubric) for rubric in given["rubrics"]]
+        size = sizes[n % len(sizes)]
+        rows.append(PromptRow(prompt=prompt, rubrics=rubrics + [COHERENT], size=size))
+    require(rows, f"--data {path}: no prompts there (rl.py --write-prompts makes such a file)")
+    return rows
+
+
+def read_rubric(given):
+    rubric = Rubric(name=given["name"], check=given["check"])
+    if given.get("held_out"):
+        rubric["held_out"] = True
+    return rubric
+
+
+# --- A judge --------------------------------------------------------------------------------------
+# judge(pictures, rows) -> for each picture the answers to its row's rubrics: True, False, or None
+# (failed); judge.failed: why answers are None. The toy world's judge is toy.checker.Checker.
+
+ASK_JUDGE = """\
+Look at the picture. For each statement below, say whether it holds: 1 for yes, 0 for no. \
+Reply with one JSON object from the statement's number to 1 or 0, nothing else.
+"""
+
+ANSWERS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+class EndpointJudge:
+    """A vision-language model behind an OpenAI-compatible endpoint.
+
+    All rubrics of a picture go in one request, and JSON comes back. Answers are kept by content in
+    a journal: a picture that was judged before costs nothing. What fails is None, and counted in
+    `failed`.
+    """
+
+    def __init__(self, url, model, journal, **how):
+        self.endpoint = Endpoint(url, model, journal, **how)
+        self.failed = self.endpoint.failed
+
+    def __call__(self, pictures, rows):
+        texts = self.endpoint.ask(list(zip(pictures, rows)), messages=self.question)
+        return [self.read(text, row) for text, row in zip(texts, rows)]
+
+    @staticmethod
+    def question(item):
+        picture, row = item
+        statements = [f"{k}. {rubric['check']}" for k, rubric in enumerate(row["rubrics"], start=1)]
+        return chat_about(picture, ASK_JUDGE + "\n".join(statements))
+
+    def read(self, text, row):
+        """The model's text -> an answer for each rubric."""
+        found = parse_json(text)
+        if not isinstance(found, dict):
+            found = {}
+        numbers = range(1, len(row["rubrics"]) + 1)
+        answers = [ANSWERS.get(str(found.get(str(k))).lower()) for k in numbers]
+        if text is not None and None in answers:
+            self.failed.append("nonsense")
+        return answers
+
+
+# --- Written by a language model ------------------------------------------------------------------
+# Taxonomy -> category -> item -> drawn dimensions -> prompt, and the rubrics that it is judged by.
+
+# The ten categories are the paper's, what is inside them is [ours].
+TAXONOMY = {
+    "Human": ("portraits", "people at work", "families and groups", "sports",
+              "dancers and musicians"),
+    "Object": ("tools", "furniture", "vehicles", "instruments", "household things"),
+    "Animal": ("mammals", "birds", "fish and sea life", "insects", "reptiles and amphibians"),
+    "Plant": ("trees", "flowers", "vegetables", "mosses and ferns", "cacti"),
+    "Scene": ("cities", "mountains", "coasts", "interiors", "villages and farms"),
+    "Food": ("dishes", "baking", "drinks", "fruit", "street food"),
+    "Event": ("festivals", "weddings", "concerts", "competitions", "markets"),
+    "Fictional World": ("dragons and beasts", "space", "fairy tales", "cities of the future",
+                        "mythology"),
+    "Text": ("signs", "posters", "book covers", "labels", "handwriting"),
+    "UI and Graphic Design": ("app screens", "dashboards", "logos", "icons", "infographics"),
+}
+
+# One to four of these are drawn for each prompt. [paper]
+DIMENSIONS = ("attribute", "spatial relationship", "count", "interaction", "color")
+
+
+WRITE_ITEMS = """\
+List {count} different concrete things that a picture of the kind '{sub}' ({category}) could show. \
+Reply with a JSON list of short strings, nothing else."""
+
+WRITE_ROW = """\
+Write one dense prompt of about 80 English words for a picture of: {item} ({sub}, {category}). \
+It must state: {dimensions}. \
+Then write up to ten rubrics, each one fact of the prompt that can be seen to be so or not. \
+Reply with one JSON object, nothing else: \
+{{"prompt": "...", "rubrics": [{{"name": "two words", "check": "..."}}]}}"""
+
+
+def write_prompts(path, url, model, pool, seed):
+    """A language model fills the taxonomy: about `pool` prompts with rubrics, lines of `path`.
+
+    Every answer is kept beside the file, so the same command again asks only for what is missing.
+    """
+    endpoint = Endpoint(url, model, f"{path}.answers")
+    plans = plan_prompts(endpoint, pool, seed)
+    answers = endpoint.ask(plans, messages=ask_for_row)
+    rows = [written_row(plan, answer) for plan, answer in zip(plans, answers)]
+    rows = [row for row in rows if row]
+
+    counts = collections.Counter(row["category"] for row in rows)
+    for category in TAXONOMY:
+        print(f"{category:24} {counts[category]:6}")
+    print(f"{len(plans) - len(rows)} of {len(plans)} answers were no prompt with rubrics")
+    if endpoint.failed:
+        print(f"failed: {dict(collections.Counter(endpoint.failed))}")
+    require(rows, f"{url} gave no usable prompt; is the URL right up to and with /v1, and "
+            "LENS_API_KEY set?")
+    write_json_lines(path, rows)
+
+
+def plan_prompts(endpoint, pool, seed):
+    """What to ask prompts for: [{category, subcategory, item, dimensions}], about `pool` of them,
+    as many for each sub-category."""
+    subs = [(category, sub) for category, inside in TAXONOMY.items() for sub in inside]
+    each = math.ceil(pool / len(subs))
+
+    def ask_for_items(pair):
+        category, sub = pair
+        words = WRITE_ITEMS.format(count=each, sub=sub, category=category)
+        return [{"role": "user", "content": words}]
+
+    answers = endpoint.ask(subs, messages=ask_for_items)
+    rng = np.random.default_rng(seed)
+    plans = []
+    for (category, sub), answer in zip(subs, answers):
+        items = parse_json(answer, "[") or []
+        for item in items[:each]:
+            order = rng.permutation(DIMENSIONS)
+            dimensions = order[:rng.integers(1, 5)].tolist()
+            plans.append({"category": category, "subcategory": sub, "item": str(item),
+                          "dimensions": dimensions})
+    return plans
+
+
+def ask_for_row(plan):
+    words = WRITE_ROW.format(item=plan["item"], sub=plan["subcategory"],
+                             category=plan["category"], dimensions=", ".join(plan["dimensions"]))
+    return [{"role": "user", "content": words}]
+
+
+def written_row(plan, answer):
+    """A line of the file from a language model's answer; None where the answer is unusable."""
+    given = parse_json(answer)
+    if not isinstance(given, dict):
+        return None
+    prompt, listed = given.get("prompt"), given.get("rubrics")
+    if not isinstance(prompt, str) or not prompt.strip() or not isinstance(listed, list):
+        return None
+
+    rubrics = [{"name": str(rubric["name"]), "check": str(rubric["check"])}
+               for rubric in listed[:10]
+               if isinstance(rubric, dict) and {"name", "check"} <= rubric.keys()]
+    if not rubrics:
+        return None
+    rubrics[-1]["held_out"] = len(rubrics) > 3     # one fact of each prompt that no reward sees
+    return {**plan, "prompt": prompt.strip(), "rubrics": rubrics}

@@ -1,0 +1,402 @@
+"""What every run needs: a device, ranks, a precision, random generators, a log with curves, notice
+of SIGTERM, averages.
+
+Read before: kit/files.py.
+"""
+import contextlib
+import datetime
+import functools
+import json
+import math
+import os
+import signal
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kit.files import (
+    check_writable,
+    error_context,
+    read_json_lines,
+    require,
+    write_json_lines,
+    write_text,
+)
+
+# --- The run: this process among its peers --------------------------------------------------------
+
+@dataclass
+class Run:
+    """One process of a run. Made by `start_run`; nothing in it changes after `choose` has set the
+    last two."""
+    out: Path                 # the run's folder
+    seed: int = 0
+    device: str = "cpu"       # "cpu", "cuda", or this rank's own, such as "cuda:1"
+    rank: int = 0             # this process among `ranks`; rank 0 talks, writes and evaluates
+    ranks: int = 1
+    bf16: bool = False        # compute in bf16 over fp32 weights
+    attention: str = "flash"  # the kernel behind scaled_dot_product_attention, one of KERNELS
+
+    def say(self, message):
+        """Prints on rank 0 only."""
+        if self.rank == 0:
+            print(message)
+
+    def autocast(self):
+        """Matrix products in bf16 where the run chose it; weights, losses and optimisers stay
+        fp32."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
+
+    def move(self, x):
+        """x on this rank's device, without waiting for the copy."""
+        return x.to(self.device, non_blocking=True)
+
+    def sum_over_ranks(self, x):
+        """Adds up a tensor over all ranks, in place."""
+        if self.ranks > 1:
+            dist.all_reduce(x)
+        return x
+
+
+def start_run(out, seed=0, device=None):
+    """-> Run. Joins the other processes if torchrun started this one, each with a GPU of its own.
+    Folder checked by rank 0."""
+    device = pick_device(device)
+    if "RANK" not in os.environ:
+        run = Run(Path(out), seed, device)
+    else:
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            # The others wait for rank 0 while it draws the toy world or indexes shards: hours, at
+            # most.
+            backend = "nccl" if device.startswith("cuda") else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+        run = Run(Path(out), seed, device, dist.get_rank(), dist.get_world_size())
+    if run.rank == 0:          # two processes would remove each other's trial file
+        check_writable(run.out)
+    return run
+
+
+@contextlib.contextmanager
+def rank_zero_first(run):
+    """Rank 0 runs the body before the others: it makes a file (the drawn world, an index), they
+    read it."""
+    if run.rank > 0:
+        dist.barrier()
+    yield
+    if run.rank == 0 and run.ranks > 1:
+        dist.barrier()
+
+
+def same_everywhere(value):
+    """Rank 0's value on every rank: two ranks that measure may come to two answers."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gathered(value):
+    """[the value of every rank], in order of rank."""
+    if not dist.is_initialized():
+        return [value]
+    box = [None] * dist.get_world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def local(tensor):
+    """This rank's part of a tensor that FSDP has sharded; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor):
+    """All of a tensor that FSDP has sharded; every rank must ask at once."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class Notice:
+    """`given` turns True when SIGTERM comes, a cluster's notice before it kills: the loop looks,
+    saves, and ends well."""
+
+    def __init__(self):
+        self.given = False
+        signal.signal(signal.SIGTERM, self.receive)
+
+    def receive(self, *_):
+        self.given = True
+
+
+def ignore_sigterm(worker):
+    """For a DataLoader's worker_init_fn. A cluster's SIGTERM goes to every process of a group: a
+    worker that died of it would take the trainer down before it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# --- Random numbers -------------------------------------------------------------------------------
+
+def generator(*key):
+    """A torch generator that is a function of integers alone, say (seed, epoch, sample): what it
+    draws does not depend on batch size, rank count, or where a run was resumed."""
+    entropy = np.random.SeedSequence([abs(int(k)) for k in key])
+    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+
+
+# --- Learning rate and averages -------------------------------------------------------------------
+
+def learning_rate_factor(step, steps, warmup, decay=0.5):
+    """A short rise (Adam's moments are empty at first), flat, then linear to zero over the last
+    share `decay`."""
+    rising = (step + 1) / warmup
+    falling = (steps - step) / max(1, decay * steps)
+    return min(1.0, rising, falling)
+
+
+def average_decay(step, limit):
+    """Decay of a running average at its step-th update: small at first, so that it soon forgets its
+    random start."""
+    return min(limit, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def follow(behind, ahead, rate):
+    """behind <- (1 - rate) behind + rate ahead, tensor by tensor, in place; of sharded ones each
+    rank moves its part."""
+    torch._foreach_lerp_([local(t) for t in behind], [local(t) for t in ahead], rate)
+
+
+# --- What a clock decides: precision and attention ------------------------------------------------
+
+def race(runners, rounds, device):
+    """Times functions against each other: -> {name: (seconds of the first run, median seconds of
+    the others, what the last run gave)}.
+
+    runners   {name: function}; they run in turn, so that whatever else the machine does meets all
+              of them alike. The first run compiles and warms up.
+    """
+    def clock():
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    seconds, results = {name: [] for name in runners}, {}
+    for _ in range(rounds + 1):
+        for name, run in runners.items():
+            begin = clock()
+            results[name] = run()
+            seconds[name].append(clock() - begin)
+    return {name: (s[0], float(np.median(s[1:])), results[name]) for name, s in seconds.items()}
+
+
+def pick_device(name=None):
+    """"cpu" or "cuda", as asked, else CUDA if there is one. LensError for a device that is not
+    there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    require(not name.startswith("cuda") or torch.cuda.is_available(),
+            "--device cuda: no CUDA device was found; leave --device out to run on the CPU")
+    with error_context(f"--device {name}: not a device; try cpu or cuda"):
+        return str(torch.device(name))
+
+
+def pick_dtype(device, name=None, width=128):
+    """(torch.float32 or torch.bfloat16, why). `name`: what the user asked for, "fp32" or "bf16";
+    None: the faster one. width: of the model, whose matrix products are timed."""
+    if name:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[name], "as asked"
+    if device != "cpu":
+        return torch.bfloat16, "the GPU's fast type"
+    return fastest_dtype(width)
+
+
+def fastest_dtype(width):
+    """Only some CPUs have bf16 instructions: 2.9 times as fast there, many times slower elsewhere.
+    So measure."""
+    def product(dtype):
+        x, w = torch.randn(512, width).to(dtype), torch.randn(width, 4 * width).to(dtype)
+        return functools.partial(torch.matmul, x, w)
+
+    found = race({dtype: product(dtype) for dtype in (torch.float32, torch.bfloat16)}, 9, "cpu")
+    ratio = found[torch.float32][1] / found[torch.bfloat16][1]
+    best = torch.bfloat16 if ratio > 1.5 else torch.float32
+    return best, f"bf16 products run {ratio:.1f}x as fast as fp32 here"
+
+
+KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
+           "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+_chosen_kernel = contextlib.ExitStack()        # holds the context that use_attention has entered
+
+
+def use_attention(kernel=None, alone=False):
+    """For the whole process: this kernel behind scaled_dot_product_attention, then those after it
+    in KERNELS, which do what it cannot (a mask, a wide head). alone: no others. None: back to
+    PyTorch's own choice."""
+    _chosen_kernel.close()
+    if kernel is None:
+        return
+    names = list(KERNELS)
+    order = [kernel] if alone else names[names.index(kernel):]
+    _chosen_kernel.enter_context(sdpa_kernel([KERNELS[name] for name in order], set_priority=True))
+
+
+def pick_attention(device, dtype, config, tokens, learns=False):
+    """(kernel, why): the fastest for sequences of so many tokens.
+
+    config: a LensConfig; learns: masked and with its backward pass, as training has it. PyTorch's
+    own order is fixed, cuDNN last. On a CPU its first, flash, wins every forward (1.3 to 5 times as
+    fast at 64 to 1024 tokens) and in fp32 loses no backward, but in bf16 its backward takes twice
+    as long as plain products at 104 tokens. So training measures."""
+    if device == "cpu" and not learns:
+        return "flash", "the fastest forwards on a CPU"
+    return fastest_attention(device, dtype, config, tokens, learns)
+
+
+@functools.cache
+def fastest_attention(device, dtype, config, tokens, learns):
+    batch = 4 if learns else 1
+    shape = (batch, tokens, config.num_attention_heads, config.attention_head_dim)
+    x = torch.randn(shape, device=device, dtype=dtype, requires_grad=learns)
+    mask = torch.ones(batch, 1, 1, tokens, dtype=torch.bool, device=device) if learns else None
+
+    def attend(kernel):
+        use_attention(kernel, alone=True)          # what it cannot do is a RuntimeError then
+        q = x.transpose(1, 2)                      # laid out as the blocks have it
+        out = F.scaled_dot_product_attention(q, q, q, mask)
+        if learns:
+            out.backward(out)
+
+    able = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for kernel in KERNELS:
+            with contextlib.suppress(RuntimeError):
+                attend(kernel)
+                able[kernel] = functools.partial(attend, kernel)
+    seconds = {kernel: median for kernel, (_, median, _) in race(able, 5, device).items()}
+    use_attention()
+
+    fastest = min(seconds.values())
+    # Of equals the first, so that two runs agree.
+    best = next(kernel for kernel, s in seconds.items() if s < 1.1 * fastest)
+    return best, ", ".join(f"{kernel} {1000 * s:.2g} ms" for kernel, s in seconds.items())
+
+
+def choose(run, config, tokens, kept=None):
+    """Sets run.bf16 and run.attention: by measurement on rank 0, or as `kept` ({"bf16",
+    "attention"}) where a run is resumed, which must go on as it began. tokens: of a usual training
+    sequence. -> a line that says what and why."""
+    device = torch.device(run.device).type
+    dtype, why_dtype = same_everywhere(pick_dtype(device, None, config.inner_dim))
+    kernel, why_kernel = same_everywhere(
+        pick_attention(run.device, dtype, config, tokens, learns=True))
+    run.bf16, run.attention = dtype == torch.bfloat16, kernel
+    if kept:
+        run.bf16, run.attention = kept["bf16"], kept["attention"]
+    return (f"precision: fp32 weights, {'bf16' if run.bf16 else 'fp32'} compute: {why_dtype}; "
+            f"{run.attention} attention ({why_kernel})")
+
+
+def matmul_peak(device, dtype):
+    """FLOP/s of a large matrix product here: what 100% of the machine means in this project."""
+    n = 8192 if device != "cpu" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+
+    def product():
+        return (a @ a)[0, 0].item()                # .item() waits for the product
+
+    times = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        product()
+        times.append(time.perf_counter() - begin)
+    return 2 * n**3 / min(times[1:])
+
+
+def compile_blocks(model, vae=None, fullgraph=True):
+    """torch.compile in place, so that weights keep their names: the blocks one by one (alike, they
+    compile once), for all sizes and text lengths. fullgraph=False where FSDP's hooks or
+    recomputation break the graph."""
+    # Programs of a block: last or not, each branch of guidance or both, one picture or many.
+    torch._dynamo.config.recompile_limit = 64
+    # DDP's own optimiser would cut a block where a bucket of gradients is full, and fails on it:
+    # dynamic sizes.
+    torch._dynamo.config.optimize_ddp = False
+    for block in model.transformer_blocks:
+        block.compile(fullgraph=fullgraph, dynamic=True)
+    if vae is not None:
+        vae.decoder.compile(fullgraph=fullgraph, dynamic=True)
+
+
+# --- The log --------------------------------------------------------------------------------------
+
+class Log:
+    """metrics.jsonl in a run's folder, one line a step; and curves.svg, drawn from it. Rank 0 only:
+    others get a silent one. On resume, lines after the checkpoint's step are dropped, so that none
+    stands twice."""
+
+    def __init__(self, run, step):
+        self.folder, self.file = run.out, None
+        if run.rank == 0:
+            path = run.out / "metrics.jsonl"
+            write_json_lines(path, [row for row in read_json_lines(path) if row["step"] <= step])
+            self.file = open(path, "a", buffering=1)
+
+    def __call__(self, **row):
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+
+    def draw(self):
+        """Draws curves.svg anew."""
+        if self.file:
+            rows = read_json_lines(self.folder / "metrics.jsonl")
+            write_text(self.folder / "curves.svg", curves(rows))
+
+
+SHOWN = ("loss", "reward", "overall", "fidelity", "diversity", "label_loss", "fake_loss",
+         "heads_loss", "grad_norm", "lr")
+
+
+def curves(rows, names=SHOWN, width=640, height=120):
+    """The log as an SVG: one panel for each of `names` that has two numbers or more, over the step.
+    A grey line joins the values, a dark one their running mean."""
+    panels = []
+    for name in names:
+        known = [row for row in rows if isinstance(row.get(name), (int, float))]
+        points = [(row["step"], row[name]) for row in known if math.isfinite(row[name])]
+        if len(points) >= 2:
+            panels.append(panel(name, points, len(panels) * (height + 40), width, height))
+    total = len(panels) * (height + 40)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 20}" height="{total + 10}" '
+            f'font-family="sans-serif" font-size="12">\n'
+            f'<rect width="100%" height="100%" fill="white"/>\n'
+            + "\n".join(panels) + "\n</svg>\n")
+
+
+def panel(name, points, top, width, height):
+    steps, values = np.array(points, float).T
+    low, high = values.min(), values.max()
+    if len(values) > 1000:                         # as many points as a screen can show
+        chosen = np.linspace(0, len(values) - 1, 1000).astype(int)
+        steps, values = steps[chosen], values[chosen]
+    means, mean = [], values[0]
+    for value in values:
+        mean += 0.05 * (value - mean)
+        means.append(mean)
+
+    def line(ys, color):
+        across = 10 + width * (steps - steps[0]) / max(steps[-1] - steps[0], 1)
+        down = top + 25 + height * (high - np.array(ys)) / max(high - low, 1e-12)
+        where = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down))
+        return f'<polyline points="{where}" fill="none" stroke="{color}"/>'
+
+    label = f"{name}: {values[-1]:.4g} at step {steps[-1]:.0f} (from {low:.4g} to {high:.4g})"
+    return f'<text x="10" y="{top + 18}">{label}</text>{line(values, "#bbb")}{line(means, "#124")}'

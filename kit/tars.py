@@ -1,0 +1,136 @@
+"""Tar shards in WebDataset's layout: the files of a sample, read without unpacking, and written.
+
+Read before: kit/files.py, kit/images.py.
+
+    00000.tar    000000000.jpg, 000000000.json, 000000001.png, 000000001.json, ...
+
+A sample is all members that share a name up to the first dot: a picture (or a latent) and its
+captions, in .json or .txt.
+"""
+import functools
+import io
+import itertools
+import json
+import math
+import os
+import tarfile
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from kit.files import replace_file
+from kit.images import Fault
+
+# --- Reading --------------------------------------------------------------------------------------
+# Others made them: nothing in them is trusted, every fault has a name and is counted.
+
+class Part(NamedTuple):
+    """A file, or a member of a tar."""
+    path: str
+    offset: int = 0
+    length: int = -1          # bytes; -1: to the end of the file
+
+
+def read(part):
+    """Bytes of a part."""
+    with open(part.path, "rb") as f:
+        f.seek(part.offset)
+        return f.read(part.length)
+
+
+def tar_parts(path, faults):
+    """{key: {ending: Part}} of a tar in WebDataset's layout.
+
+    It is never unpacked: a member's name is only ever a key. Hostile names, links, names that come
+    twice and a torn end are counted in `faults`, a Counter, and left out.
+    """
+    samples = {}
+    end = os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name = PurePosixPath(member.name)
+                if name.is_absolute() or ".." in name.parts:
+                    faults["hostile path in a tar"] += 1
+                elif member.isdir():
+                    continue
+                elif not member.isfile():
+                    faults["link or device in a tar"] += 1
+                elif member.offset_data + member.size > end:
+                    raise EOFError
+                else:
+                    part = Part(str(path), member.offset_data, member.size)
+                    add_member(samples, name, part, faults)
+    except (tarfile.TarError, EOFError, ValueError):
+        faults["torn or unreadable tar"] += 1
+    return samples
+
+
+def add_member(samples, name, part, faults):
+    """Puts a tar's member among the parts of its sample."""
+    # WebDataset: the key ends at the first dot.
+    stem, _, ending = name.name.partition(".")
+    ending = "." + ending.lower()
+    parts = samples.setdefault(str(name.parent / stem), {})
+    if ending in parts:
+        faults["duplicate key"] += 1
+    else:
+        parts[ending] = part
+
+
+def words_of(parts, row=None):
+    """(captions [str], notes {name: value}) of a sample, from its .txt, its .json, or its row.
+
+    parts  {ending: Part}        row  {name: value} of the folder's JSON lines; the .json goes first
+    Raises Fault.
+    """
+    try:
+        notes = dict(row or {})
+        if ".json" in parts:
+            stored = json.loads(read(parts[".json"]).decode("utf-8"))
+            notes = {**notes, **stored}            # TypeError where it is no object
+
+        if ".txt" in parts:
+            captions = read(parts[".txt"]).decode("utf-8")
+        else:
+            captions = notes.get("captions") or notes.get("caption") or notes.get("text") or []
+        if isinstance(captions, str):
+            captions = [captions]
+        captions = [" ".join(caption.split()) for caption in captions]
+    except UnicodeDecodeError:
+        raise Fault("caption is not UTF-8") from None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise Fault("broken JSON") from None
+
+    if any(len(caption) > 20_000 for caption in captions):
+        raise Fault("caption too long")
+    return [caption for caption in captions if caption], notes
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+def write_shards(samples, out, shard_mb):
+    """(bytes, ending, notes) of samples -> out/00000.tar, ..., each whole or not at all."""
+    samples = enumerate(samples)                   # numbered through all the tars
+    for number, first in enumerate(samples):
+        rest = itertools.chain([first], samples)
+        path = Path(out) / f"{number:05d}.tar"
+        replace_file(path, functools.partial(fill_tar, samples=rest, most=shard_mb * 2**20))
+
+
+def fill_tar(path, samples, most=math.inf):
+    """Writes a tar in WebDataset's layout, and takes no more samples once their pictures have more
+    than `most` bytes. samples: an iterator of (number, (bytes, ending, notes))."""
+    used = 0
+    with tarfile.open(path, "w") as tar:
+        for number, (blob, ending, notes) in samples:
+            add_file(tar, f"{number:09d}{ending}", blob)
+            add_file(tar, f"{number:09d}.json", json.dumps(notes).encode())
+            used += len(blob)
+            if used > most:
+                return
+
+
+def add_file(tar, name, content):
+    member = tarfile.TarInfo(name)                 # no date: equal pictures give equal bytes
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
