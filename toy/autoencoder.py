@@ -1,0 +1,533 @@
+"""Training of the toy's autoencoder, on scenes drawn as it goes.
+
+Read before: vae.py; of toy/world.py the first screen, for what a scene is.
+
+    python -m toy.autoencoder --out runs/toy --minutes 24
+    python -m toy.autoencoder --out runs/plain --minutes 24 --semantic 0
+
+It writes runs/toy/vae: the weights of the model's running average, its state and metrics.jsonl. The
+same command again resumes. The second command trains without the semantic term, to compare probes.
+
+The story in one paragraph: the loss is reconstruction, a little KL and a little meaning. The KL
+term keeps latents close together, so that what a denoiser gets almost right decodes to something
+right. The semantic term asks one Linear to read off each token which object has its centre there;
+it makes tokens in which a scene's facts lie open. At the end the tokens' mean and variance are
+measured once, and a fresh Linear on held-out scenes says how much can be read off them (the probe).
+
+Where this departs: everything here is [ours]. The paper takes FLUX.2's weights, whose own recipe is
+not published. The Linear of the semantic term is thrown away after training.
+"""
+import copy
+import functools
+import json
+import math
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import data
+from kit.checkpoint import save_pipeline
+from kit.files import Parser, positive, require, run_command
+from kit.images import contact_sheet, save_png, to_images, to_pil
+from kit.run import Log, Notice, average_decay, follow, ignore_sigterm, race, start_run
+from kit.state import load_state, save_state
+from lens import SIZES
+from toy.world import COLORS, SHAPES, draw, random_scene
+from vae import Attention, LensVAE, ResBlock, fold
+
+LR = 1e-3                     # peak, of AdamW at batch 8: at 2e-3 it learnt a little worse
+EMA = 0.995                   # decay of the average of weights, which is what is saved
+
+# Seeds of held-out scenes: no training seed draws the same ones.
+PROBE_TRAIN = 1_000_001
+PROBE_TEST = 1_000_002
+PREVIEW = 1_000_004
+STATISTICS = 1_000_005
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; the defaults are those of the command line."""
+    size: str = "toy"         # one of lens.SIZES
+    steps: int = None         # how long: this many steps; None: `minutes` says it
+    minutes: float = 24
+    semantic: float = 0.1     # weight of the semantic term; 0: none
+    kl: float = 1e-3          # weight of the KL term, per latent number
+    dtype: str = "auto"       # "fp32" or "bf16" to compute in; "auto": the faster of the two
+    save_every: int = 300     # steps
+    preview_every: int = 300  # steps
+
+    def identity(self, seed):
+        """What a resumed run must have in common with the one that it goes on with."""
+        return {"--size": self.size, "--seed": seed,
+                "--semantic": self.semantic, "--kl": self.kl}
+
+
+@dataclass
+class Progress:
+    """How far a run is: saved with its state."""
+    step: int = 0
+    seconds: float = 0.0      # of training, over all resumes
+    dtype: str = "auto"       # "fp32" or "bf16" once it is chosen: a resume must go on as it began
+
+    def done(self, settings):
+        """The share of the run that is behind us: 1 or more at its end."""
+        if settings.steps is not None:
+            return self.step / settings.steps
+        return self.seconds / (60 * settings.minutes)
+
+
+# --- Batches --------------------------------------------------------------------------------------
+
+def make_batch(seed, index, size=None, count=None):
+    """One batch of one bucket, a function of its arguments alone: a resumed run draws what it would
+    have drawn. size (height, width) and count: None to draw them too.
+
+    -> images uint8 [B, H, W, 3], cells fp32 [B, h*w, 4] as `cells_of` makes them
+    """
+    if size is None:
+        # Mostly the small area: it holds the same shapes for less work.
+        rng = np.random.default_rng((seed, index))
+        area = int(rng.choice([64, 96, 128], p=[0.80, 0.12, 0.08]))
+        sizes = data.buckets(area)
+        size = sizes[rng.integers(len(sizes))]
+        count = {64: 8, 96: 4, 128: 2}[area]
+
+    H, W = size
+    images, cells = [], []
+    for i in range(count):
+        rng = np.random.default_rng((seed, index, i))
+        scene = random_scene(rng, H, W)
+        images.append(np.asarray(draw(scene, H, W)))
+        cells.append(cells_of(scene, H // 16, W // 16))
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(cells))
+
+
+def cells_of(scene, h, w):
+    """Which object has its centre in each of h x w cells, [h*w, 4] fp32: its shape and colour, as
+    numbers of SHAPES and COLORS, and where in the cell the centre is (column, row in [0, 1]). All
+    four are -1 where there is no centre."""
+    cells = np.full((h, w, 4), -1, np.float32)
+    colors = list(COLORS)
+    for obj in scene.objects:                      # of two in one cell the later is drawn on top
+        x = min(max(obj.x * w, 0), w - 1e-3)
+        y = min(max(obj.y * h, 0), h - 1e-3)
+        cell = cells[int(y), int(x)]               # a view: what is put in stands in cells
+        cell[0] = SHAPES.index(obj.shape)
+        cell[1] = colors.index(obj.color)
+        cell[2] = x % 1
+        cell[3] = y % 1
+    return cells.reshape(h * w, 4)
+
+
+class Batches(Dataset):
+    """Item i is batch i of a seed."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def __getitem__(self, index):
+        return make_batch(self.seed, index)
+
+
+def batches_from(seed, first):
+    """Batches `first`, `first` + 1, ... without end: one process draws while the other learns."""
+    loader = DataLoader(Batches(seed), batch_size=None, sampler=range(first, 1 << 30),
+                        num_workers=1, prefetch_factor=4, worker_init_fn=ignore_sigterm)
+    return iter(loader)
+
+
+# --- The start ------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def initialise(vae):
+    """Starts as a nearly linear map that carries the picture through. -> vae
+
+    Residual branches and attention add nothing yet, the other convolutions keep the variance, and
+    the posterior is narrow. With torch's own initialisation the noise drowned the latents, and
+    every picture came out one grey for the first hundreds of steps.
+    """
+    for module in reversed(list(vae.modules())):   # children first: their block's zeros must stay
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            nn.init.zeros_(module.bias)
+        if isinstance(module, ResBlock):
+            nn.init.zeros_(module.conv2.weight)
+        if isinstance(module, Attention):
+            nn.init.zeros_(module.to_out[0].weight)
+            nn.init.zeros_(module.to_out[0].bias)
+
+    # Log variance: noise of 0.14 beside means of about 1.
+    c = vae.config["latent_channels"]
+    vae.quant_conv.weight[c:] = 0.0
+    vae.quant_conv.bias[c:] = -4.0
+    return vae
+
+
+# --- The loss: reconstruction, a little KL, a little meaning --------------------------------------
+
+def reconstruction_loss(decoded, images):
+    """Pixels, their differences, and two coarser pictures; both [B, 3, H, W] -> a number.
+
+    L1 alone is content with soft edges, because an edge is few pixels: the differences make it pay
+    there. The squares fix the colours of whole objects early. Saturated pixels and their rims count
+    seven times: without that the noise of the background, nine pixels in ten, is learnt before the
+    shape of anything. Saturated is what is so in the *decoded* picture: so the shipped weights were
+    trained; the true picture was meant, and has not been tried.
+    """
+    off = decoded - images                                            # [B, 3, H, W]
+    chroma = decoded.amax(1, keepdim=True) - decoded.amin(1, keepdim=True)
+    saturated = (chroma > 0.4).float()                                # [B, 1, H, W]
+    weight = 1 + 6 * F.max_pool2d(saturated, 5, stride=1, padding=2)
+
+    loss = (weight * (off.abs() + 2 * off.square())).mean()
+    loss = loss + (weight[:, :, 1:] * off.diff(dim=2).abs()).mean()
+    loss = loss + (weight[:, :, :, 1:] * off.diff(dim=3).abs()).mean()
+    loss = loss + 2 * F.avg_pool2d(off, 2).square().mean()
+    loss = loss + 2 * F.avg_pool2d(off, 4).square().mean()
+    return loss
+
+
+def kl_loss(mean, logvar):
+    """Mean over latent numbers of KL(N(mean, exp(logvar)) || N(0, 1)).
+
+    Too much of it: blur. None: latents drift far apart, the decoder never sees what lies between,
+    and what a denoiser gets almost right decodes to rubbish.
+    """
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+
+
+def semantic_head(vae):
+    """The Linear that `read_tokens` reads with."""
+    return nn.Linear(4 * vae.config["latent_channels"], 1 + 2 + len(SHAPES) + len(COLORS))
+
+
+def read_tokens(head, tokens):
+    """What a head says of tokens [N, 4c]: logit of a centre here [N], where it is (column, row)
+    [N, 2], logits of its shape [N, shapes] and of its colour [N, colours]."""
+    here, offset, shape, color = head(tokens).split([1, 2, len(SHAPES), len(COLORS)], dim=1)
+    return here[:, 0], offset, shape, color
+
+
+def semantic_loss(head, tokens, cells):
+    """Is a centre here, where, which shape, which colour: tokens [N, 4c], cells [N, 4] -> a number.
+    The last three count at the cells that have a centre."""
+    here, offset, shape, color = read_tokens(head, tokens)
+    true_shape = cells[:, 0].long()
+    true_color = cells[:, 1].long()
+    true_offset = cells[:, 2:]
+    has_centre = true_shape >= 0
+
+    loss = F.binary_cross_entropy_with_logits(here, has_centre.float())
+    loss = loss + (offset[has_centre] - true_offset[has_centre]).abs().mean()
+    loss = loss + F.cross_entropy(shape[has_centre], true_shape[has_centre])
+    loss = loss + F.cross_entropy(color[has_centre], true_color[has_centre])
+    return loss
+
+
+def losses(vae, head, pixels, cells, noise, semantic, kl):
+    """A batch's loss and its terms: (total, {"reconstruction", "kl", "semantic"}). A semantic term
+    of weight 0 is left out.
+
+    pixels  uint8 [B, H, W, 3]        cells  [B, h*w, 4]
+    noise   [B, c, H/8, W/8], of the latent that is drawn from the posterior
+    """
+    images = to_images(pixels, noise.device)                          # [B, 3, H, W]
+    mean, logvar = vae.encode(images)
+    mean, logvar = mean.float(), logvar.float()                       # [B, c, H/8, W/8]
+    z = mean + (0.5 * logvar).exp() * noise
+    decoded = vae.decode(z).float()                                   # [B, 3, H, W]
+
+    terms = {"reconstruction": reconstruction_loss(decoded, images), "kl": kl_loss(mean, logvar)}
+    total = terms["reconstruction"] + kl * terms["kl"]
+    if semantic > 0:
+        tokens = fold(z).flatten(2).transpose(1, 2).flatten(0, 1)     # [B * h*w, 4c]
+        cells = cells.to(z.device).flatten(0, 1)                      # [B * h*w, 4]
+        terms["semantic"] = semantic_loss(head, tokens, cells)
+        total = total + semantic * terms["semantic"]
+    return total, terms
+
+
+# --- After training: statistics, probe, preview ---------------------------------------------------
+
+@torch.no_grad()
+def set_statistics(vae, seed, batches, device):
+    """Measures the mean and variance of the folded latent, with which tokens are normalised, in one
+    exact pass. The variance is that of a posterior *sample*: the variance of the means plus the
+    mean of the variances."""
+    count, total, square = 0, 0, 0
+    for i in range(batches):
+        pixels, _ = make_batch(seed, i)
+        mean, logvar = vae.encode(to_images(pixels, device))          # [B, c, H/8, W/8]
+        mean = fold(mean).double().transpose(0, 1).flatten(1)         # [4c, B * h*w]
+        var = fold(logvar.exp()).double().transpose(0, 1).flatten(1)
+        count += mean.shape[1]
+        total = total + mean.sum(1)
+        square = square + (mean.square() + var).sum(1)
+
+    vae.bn.running_mean.copy_(total / count)
+    vae.bn.running_var.copy_(square / count - (total / count).square())
+    vae.bn.num_batches_tracked.fill_(batches)
+
+
+@torch.no_grad()
+def encode_scenes(vae, seed, count, device):
+    """Tokens [N, 4c] and cells [N, 4] of at least `count` scenes of the small area, in whole
+    batches of 50, its sizes in turn."""
+    sizes = data.buckets(64)
+    tokens, cells = [], []
+    for i in range(math.ceil(count / 50)):
+        pixels, batch_cells = make_batch(seed, i, sizes[i % len(sizes)], 50)
+        mean, _ = vae.encode(to_images(pixels, device))
+        tokens.append(vae.to_tokens(mean).flatten(0, 1))
+        cells.append(batch_cells.to(device).flatten(0, 1))
+    return torch.cat(tokens), torch.cat(cells)
+
+
+def probe(vae, device, train_scenes=2000, test_scenes=500):
+    """How much of a scene one Linear reads off frozen tokens, on scenes that it was not fitted on.
+
+    -> {"shape", "colour": accuracy at the cells with a centre, "place": balanced accuracy, the mean
+    over cells with and without a centre (guessing gives 0.5)}
+    """
+    train_tokens, train_cells = encode_scenes(vae, PROBE_TRAIN, train_scenes, device)
+    tokens, cells = encode_scenes(vae, PROBE_TEST, test_scenes, device)
+
+    head = semantic_head(vae).to(device)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
+    for _ in range(300):                           # all cells at once: this takes seconds
+        optimizer.zero_grad()
+        semantic_loss(head, train_tokens, train_cells).backward()
+        optimizer.step()
+
+    with torch.no_grad():
+        train_here, *_ = read_tokens(head, train_tokens)
+        here, _, shape, color = read_tokens(head, tokens)
+
+    # A Linear trained on rare centres says "none" too readily: its threshold is put where it names
+    # the right share of the training cells.
+    share = (train_cells[:, 0] >= 0).float().mean()
+    found = here > torch.quantile(train_here, 1 - share)
+
+    def accuracy(said, true):
+        return round((said == true).float().mean().item(), 4)
+
+    has_centre = cells[:, 0] >= 0
+    hits = accuracy(found[has_centre], True)
+    rejections = accuracy(found[~has_centre], False)
+    return {"shape": accuracy(shape[has_centre].argmax(1), cells[has_centre, 0].long()),
+            "colour": accuracy(color[has_centre].argmax(1), cells[has_centre, 1].long()),
+            "place": round((hits + rejections) / 2, 4)}
+
+
+@torch.no_grad()
+def preview(vae, path, device):
+    """A PNG of twelve held-out scenes above what the autoencoder makes of them, twice as large."""
+    pixels, _ = make_batch(PREVIEW, 0, (64, 64), 12)
+    images = to_images(pixels, device)
+    mean, _ = vae.encode(images)
+    pictures = to_pil(images) + to_pil(vae.decode(mean))
+    pictures = [picture.resize((128, 128), Image.NEAREST) for picture in pictures]
+    save_png(contact_sheet(pictures, columns=12), path)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+def choose_dtype(run, vae, pixels):
+    """"fp32" or "bf16" by three timed steps of each: on a CPU it depends on its instructions, so
+    measure."""
+    trial = copy.deepcopy(vae)
+    images = to_images(pixels, run.device)
+    device_type = torch.device(run.device).type
+
+    def step(dtype):
+        with torch.autocast(device_type, torch.bfloat16, enabled=dtype == "bf16"):
+            mean, _ = trial.encode(images)
+            trial.decode(mean).float().square().mean().backward()
+
+    runners = {dtype: functools.partial(step, dtype) for dtype in ("fp32", "bf16")}
+    timed = race(runners, 3, run.device)
+    seconds = {dtype: median for dtype, (_, median, _) in timed.items()}
+    best = min(seconds, key=seconds.get)
+    run.say(f"precision: {best}, because a step takes {seconds['fp32']:.3f} s in fp32 and "
+            f"{seconds['bf16']:.3f} s in bf16")
+    return best
+
+
+def learning_rate(step, done):
+    """Rises over 100 steps (Adam's second moments are empty at first), then a cosine down to 2%.
+    done: the share of the run that is behind us."""
+    falling = 0.51 + 0.49 * math.cos(math.pi * done)
+    return LR * min((step + 1) / 100, falling)
+
+
+def draw_noise(seed, step, shape):
+    """Noise of this step alone, so that a resume is exact."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.randn(shape, generator=generator)
+
+
+class Learner:
+    """What training changes: the autoencoder, the head of its semantic term, the average of the
+    autoencoder's weights, and the optimiser's moments. Drawn from the run's seed."""
+
+    def __init__(self, run, settings):
+        torch.manual_seed(run.seed)
+        # Channels last is for tensor cores. On a CPU it lost: torch's GroupNorm is slow in it.
+        on_gpu = torch.device(run.device).type == "cuda"
+        layout = torch.channels_last if on_gpu else torch.contiguous_format
+        vae = initialise(LensVAE(SIZES[settings.size].vae))
+        self.vae = vae.to(run.device, memory_format=layout)
+        self.head = semantic_head(self.vae).to(run.device)
+        self.ema = copy.deepcopy(self.vae).requires_grad_(False)
+
+        self.params = list(self.vae.parameters())
+        if settings.semantic > 0:                  # else it gets no gradient, and has no moments
+            self.params += self.head.parameters()
+        self.optimizer = torch.optim.AdamW(self.params, lr=LR, betas=(0.9, 0.99), weight_decay=1e-3)
+
+    def groups(self):
+        """{group: {name: tensor}} as kit.state saves them."""
+        return {"model": dict(self.vae.named_parameters()),
+                "head": dict(self.head.named_parameters()),
+                "ema": dict(self.ema.named_parameters())}
+
+
+def train_step(run, settings, learner, batch, step, done):
+    """One step, number `step` of the run, of which the share `done` is behind us. -> {name: number}
+    for the log."""
+    pixels, cells = batch                                             # [B, H, W, 3], [B, h*w, 4]
+    B, H, W, _ = pixels.shape
+    latent_shape = (B, learner.vae.config["latent_channels"], H // 8, W // 8)
+    noise = run.move(draw_noise(run.seed, step, latent_shape))
+
+    with run.autocast():                                              # the weights stay fp32
+        loss, terms = losses(learner.vae, learner.head, pixels, cells, noise,
+                             semantic=settings.semantic, kl=settings.kl)
+    learner.optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(learner.params, 1.0)
+
+    lr = learning_rate(step, done)
+    for group in learner.optimizer.param_groups:
+        group["lr"] = lr
+    learner.optimizer.step()
+    moved = 1 - average_decay(step, EMA)
+    follow(learner.ema.parameters(), learner.vae.parameters(), moved)
+
+    numbers = {name: term.item() for name, term in terms.items()}
+    return {"loss": loss.item(), **numbers, "images": B, "lr": lr}
+
+
+def train(run, settings):
+    """Trains, or goes on with what run.out holds, until the settings' end or until SIGTERM comes.
+    -> (the average's autoencoder, Progress)"""
+    learner = Learner(run, settings)
+    optimizers = [learner.optimizer]
+    identity = settings.identity(run.seed)
+
+    progress = Progress(dtype=settings.dtype)
+    saved = load_state(run, learner.groups(), optimizers, identity)
+    if saved:
+        progress = Progress(**saved)
+        run.say(f"resuming at step {progress.step}, {progress.seconds / 60:.1f} minutes in")
+    if progress.dtype == "auto":
+        pixels, _ = make_batch(run.seed, 0)
+        progress.dtype = choose_dtype(run, learner.vae, pixels)
+    run.bf16 = progress.dtype == "bf16"
+
+    log = Log(run, progress.step)
+    notice = Notice()
+    batches = batches_from(run.seed, first=progress.step)
+    bar = tqdm(total=settings.steps, initial=progress.step, unit="step")
+    done = progress.done(settings)
+    stopping = done >= 1
+    while not stopping:
+        begin = time.perf_counter()
+        numbers = train_step(run, settings, learner, next(batches), progress.step, done)
+        progress.step += 1
+        progress.seconds += time.perf_counter() - begin
+        done = progress.done(settings)
+        stopping = done >= 1 or notice.given       # asked once: the last step is always saved
+
+        log(step=progress.step, **numbers, seconds=progress.seconds)
+        bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {progress.seconds / 60:.1f} min")
+        bar.update()
+        if progress.step % settings.preview_every == 0:
+            preview(learner.ema, run.out / f"preview_{progress.step:06d}.png", run.device)
+        if progress.step % settings.save_every == 0 or stopping:
+            save_state(run, progress.step, learner.groups(), optimizers, identity,
+                       asdict(progress))
+            log.draw()
+    bar.close()
+    return learner.ema, progress
+
+
+def finish(run, settings, ema, progress, report, command):
+    """Measures statistics and probe on held-out scenes, and writes the autoencoder beside the run's
+    state: run.out is the folder vae/ of a pipeline. report: number of the probe's test scenes."""
+    batches = report // 5 + 1                      # by default 101, of about 7 scenes each
+    set_statistics(ema, STATISTICS, batches, run.device)
+    scores = probe(ema, run.device, train_scenes=4 * report, test_scenes=report)
+
+    log = Log(run, progress.step)
+    log(step=progress.step, probe=scores)
+    notes = {"command": command, "seed": run.seed, "steps": progress.step,
+             "minutes": round(progress.seconds / 60, 2), "semantic": settings.semantic,
+             "probe": json.dumps(scores)}
+    save_pipeline(run.out.parent, vae=ema, vae_metadata=notes)
+    preview(ema, run.out / "preview.png", run.device)
+    run.say(f"semantic {settings.semantic}: a linear probe on held-out scenes gets "
+            f"shape {scores['shape']:.3f}, colour {scores['colour']:.3f}, "
+            f"place {scores['place']:.3f}")
+
+
+def main(argv=None):
+    parser = Parser("Train the toy autoencoder on drawn scenes.", __doc__)
+    parser.add_argument("--out", required=True, metavar="DIR",
+                        help="write DIR/vae; the same command again resumes")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=24, help="train this long")
+    length.add_argument("--steps", type=positive, help="or this many steps")
+    parser.add_argument("--size", default="toy", help="toy, nano (for tests) or full")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--semantic", type=float, default=0.1,
+                        help="weight of the semantic term (0: none)")
+    parser.add_argument("--kl", type=float, default=1e-3,
+                        help="weight of the KL term, per latent number")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp32"],
+                        help="auto: measure, take the faster")
+    parser.add_argument("--save-every", type=positive, default=300, help="steps")
+    parser.add_argument("--preview-every", type=positive, default=300, help="steps")
+    parser.add_argument("--report", type=positive, default=500,
+                        help="held-out scenes of the final report")
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    require(args.size in SIZES, f"unknown size '{args.size}': choose one of {', '.join(SIZES)}")
+    require(args.minutes > 0, "--minutes must be above 0")
+
+    settings = Settings(size=args.size, steps=args.steps, minutes=args.minutes,
+                        semantic=args.semantic, kl=args.kl, dtype=args.dtype,
+                        save_every=args.save_every, preview_every=args.preview_every)
+    # DIR itself is for the denoiser's run.
+    run = start_run(Path(args.out) / "vae", seed=args.seed)
+    ema, progress = train(run, settings)
+    if progress.done(settings) < 1:
+        print(f"stopped at step {progress.step}: the same command goes on from there")
+        return
+    command = shlex.join(["python", "-m", "toy.autoencoder", *argv])
+    finish(run, settings, ema, progress, args.report, command)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,469 @@
+"""The toy world's checker: from pixels alone to facts, rewards and scores.
+
+Read before: toy/world.py. Read after: toy/dataset.py, or sample.py.
+
+It stands in for GenEval's object detectors [ours]: `look` segments a picture by colour and names
+the shape of every connected region by its moments; `check_facts` says which facts of a prompt hold.
+From that come the toy's judge in reward learning (`Checker`), the `score` of held-out prompts of
+six tasks, and the test of an autoencoder (`round_trip`). Facts do not see everything, so two more
+numbers stand beside them: fidelity (a Fréchet distance to drawn pictures), and the diversity of the
+pictures of one prompt.
+"""
+import colorsys
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from kit.images import from_pil, to_images, to_pil
+from toy.world import (
+    AREAS,
+    CELL_TOLERANCE,
+    COLORS,
+    PLACES,
+    RELATION_TOLERANCE,
+    RELATIONS,
+    SHAPES,
+    SIZE_LIMIT,
+    SIZE_RANGES,
+    TASKS,
+    TONES,
+    Object,
+    Scene,
+    coverage,
+    draw,
+    facts,
+    plural,
+    sample_scene,
+)
+
+# --- Looking: pixels to objects -------------------------------------------------------------------
+
+# A pixel's chroma, see `chroma_of`, is 0 on greys and about 0.7 on objects.
+COLORED = 0.22           # more: the pixel belongs to an object, or to a speck
+COLORLESS = 0.10         # less: it is background
+
+# A region smaller than this share of the smallest object's area is a speck and is passed over.
+SPECK = 0.30
+
+# This many spreads from every shape's numbers, a region is no shape at all.
+UNCLEAR = 12.0
+
+
+class FoundObject(NamedTuple):
+    shape: str           # one of SHAPES, or "unclear"
+    color: str           # one of COLORS
+    size: float          # equal-area radius / sqrt(height * width)
+    x: float             # centre, share of the width
+    y: float             # centre, share of the height
+
+
+class Seen(NamedTuple):
+    """What `look` finds in a picture."""
+    objects: list        # [FoundObject]
+    tone: float          # luminance of the background, [0, 1]
+
+
+class Form(NamedTuple):
+    """What a region of pixels looks like."""
+    x: float             # centre, pixels
+    y: float
+    radius: float        # of the circle of equal area, pixels
+    numbers: np.ndarray  # [5] that tell shapes apart, see `form_of`
+
+
+def hue_of(rgb):
+    """The hue of a colour (r, g, b) in [0, 255], as a share of the way around the colour circle."""
+    r, g, b = rgb
+    hue, _, _ = colorsys.rgb_to_hsv(r / 255, g / 255, b / 255)
+    return hue
+
+
+HUES = np.array([hue_of(rgb) for rgb in COLORS.values()])
+
+
+def look(image):
+    """What is in a picture: Seen. image: PIL, or uint8 [H, W, 3]."""
+    rgb = np.asarray(image, np.float32)[..., :3] / 255              # [H, W, 3]
+    height, width = rgb.shape[:2]
+    chroma = chroma_of(rgb)                                         # [H, W]
+
+    empty = chroma < COLORLESS
+    tone = float(rgb.mean(-1)[empty].mean()) if empty.any() else 0.5
+
+    colored = chroma > COLORED
+    labels = np.zeros((height, width), int)                         # 0, or a colour's number
+    labels[colored] = 1 + nearest_color(rgb[colored])
+
+    smallest = SPECK * math.pi * SIZE_RANGES["small"][0] ** 2 * height * width
+    objects = []
+    for rows, columns in regions(labels):
+        if len(rows) >= smallest:
+            color = list(COLORS)[labels[rows[0], columns[0]] - 1]
+            form = form_of(rim_weights(chroma[rows, columns]), rows, columns)
+            objects.append(FoundObject(
+                shape_of(form), color, form.radius / math.sqrt(height * width),
+                (form.x + 0.5) / width, (form.y + 0.5) / height))
+    return Seen(objects, tone)
+
+
+def chroma_of(rgb):
+    """The largest of r, g and b less the smallest: [...]. rgb [..., 3] in [0, 1]."""
+    r, g, b = np.moveaxis(rgb, -1, 0)
+    largest = np.maximum(np.maximum(r, g), b)                       # much faster than rgb.max(-1)
+    smallest = np.minimum(np.minimum(r, g), b)
+    return largest - smallest
+
+
+def nearest_color(rgb):
+    """[n]: which of COLORS has the nearest hue. rgb [n, 3] in [0, 1], none of them grey."""
+    r, g, b = rgb.T
+    high = rgb.max(-1)
+    chroma = chroma_of(rgb)
+
+    # The hue runs once around from red over green and blue, in sixths.
+    from_green = np.where(high == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma)
+    hue = np.where(high == r, (g - b) / chroma, from_green) / 6 % 1
+
+    gap = np.abs(hue[:, None] - HUES)                               # [n, colors]
+    around = np.minimum(gap, 1 - gap)
+    return around.argmin(-1)
+
+
+def regions(labels):
+    """Connected regions (4 neighbours, equal label > 0) of an integer map [H, W].
+
+    Returns a list of (rows, columns), index arrays of a region's pixels.
+    """
+    # A border of zeros: then every pixel has four neighbours.
+    padded = np.pad(labels, 1)
+    width = padded.shape[1]
+    left = padded.ravel().tolist()                                  # labels; 0 where visited
+
+    found = []
+    for start in np.flatnonzero(padded).tolist():
+        label = left[start]
+        if not label:
+            continue
+        left[start] = 0
+        pixels, stack = [], [start]
+        while stack:
+            i = stack.pop()
+            pixels.append(i)
+            for neighbour in (i - 1, i + 1, i - width, i + width):
+                if left[neighbour] == label:
+                    left[neighbour] = 0
+                    stack.append(neighbour)
+        rows, columns = np.divmod(np.array(pixels), width)
+        found.append((rows - 1, columns - 1))
+    return found
+
+
+def rim_weights(chroma):
+    """How much of each of a region's pixels is covered, [n] in [0, 1]: a half-covered rim pixel has
+    half the chroma of the others, and counts a half."""
+    return (2 * chroma / np.quantile(chroma, 0.8) - 0.5).clip(0, 1)
+
+
+def form_of(weight, rows, columns):
+    """-> Form of the pixels at (rows, columns), each covered by `weight`, all [n].
+
+    Its numbers do not depend on size, place or rotation. With z the offset from the centre as a
+    complex number in units of the radius, |mean z^k| is large for a shape of k-fold symmetry
+    (3: triangle, 4: square and cross, 5: star) and 0 for a disc; mean |z|^2 tells compact from
+    spread shapes, and the cover near the centre tells a ring. All are sums over areas: a pixel more
+    or less hardly matters.
+    """
+    total = weight.sum()
+    x = (weight * columns).sum() / total
+    y = (weight * rows).sum() / total
+    radius = math.sqrt(total / math.pi)
+    z = ((columns - x) + 1j * (rows - y)) / radius                  # [n]
+
+    spread = (weight * np.abs(z) ** 2).sum() / total
+    folds = [abs((weight * z**k).sum() / total) for k in (3, 4, 5)]
+
+    middle = np.abs(z) < 0.36
+    middle_area = math.pi * (0.36 * radius) ** 2
+    hollow = 1 - weight[middle].sum() / max(middle_area, 1.0)
+    return Form(x, y, radius, np.array([spread, *folds, 0.5 * hollow]))
+
+
+@functools.cache
+def shape_numbers():
+    """The numbers of each of SHAPES, measured on 24 drawn ones: (means [shapes, 5], spread [5])."""
+    rng = np.random.default_rng(0)
+    means, spreads = [], []
+    for shape in SHAPES:
+        numbers = []
+        for k in range(24):
+            x = 0.5 + rng.uniform(-0.01, 0.01)
+            y = 0.5 + rng.uniform(-0.01, 0.01)
+            angle = rng.uniform(0, 6.3)
+            obj = Object(shape, "red", 0.10 + 0.07 * k / 23, x, y, angle, "plain", (0, 0, 0))
+
+            cover = coverage(obj, 80, 80)
+            rows, columns = np.nonzero(cover)
+            numbers.append(form_of(cover[rows, columns], rows, columns).numbers)
+        means.append(np.mean(numbers, 0))
+        spreads.append(np.std(numbers, 0))
+
+    spread = np.sqrt(np.mean(np.square(spreads), 0))
+    return np.array(means), spread + 0.012
+
+
+def shape_of(form):
+    """The shape whose numbers are nearest, or "unclear"."""
+    means, spread = shape_numbers()
+    distance = np.sqrt((((form.numbers - means) / spread) ** 2).mean(1))        # [shapes]
+    nearest = int(distance.argmin())
+    return SHAPES[nearest] if distance[nearest] < UNCLEAR else "unclear"
+
+
+# --- Checking: do the facts hold? -----------------------------------------------------------------
+
+def check_facts(image, claims, seen=None):
+    """Which facts hold in the picture: list of bool.
+
+    image: PIL, or uint8 [H, W, 3]    claims: [Fact]    seen: look(image), if that is known
+    """
+    if seen is None:
+        seen = look(image)
+    return [HOLDS[fact.kind](fact, seen) for fact in claims]
+
+
+def named(name, objects):
+    """Those of the objects that fit a name: (shape or None, color or None)."""
+    shape, color = name
+    return [obj for obj in objects if shape in (None, obj.shape) and color in (None, obj.color)]
+
+
+def total_holds(fact, seen):
+    return len(seen.objects) == fact.value
+
+
+def count_holds(fact, seen):
+    return len(named(fact.subject, seen.objects)) == fact.value
+
+
+def size_holds(fact, seen):
+    """All of them have the size, and there is one."""
+    objects = named(fact.subject, seen.objects)
+    small = fact.value == "small"
+    return bool(objects) and all((obj.size < SIZE_LIMIT) == small for obj in objects)
+
+
+def place_holds(fact, seen):
+    """One of them is there, or hardly outside."""
+    row, column = place_index(fact.value)
+    return any(in_third(obj.x, column) and in_third(obj.y, row)
+               for obj in named(fact.subject, seen.objects))
+
+
+def place_index(place):
+    """(row, column) of a name in PLACES."""
+    for row, names in enumerate(PLACES):
+        if place in names:
+            return row, names.index(place)
+    raise ValueError(f"no place is called {place}")
+
+
+def in_third(share, k):
+    """Whether a coordinate lies in the k-th third of its side, or within CELL_TOLERANCE of it."""
+    return k / 3 - CELL_TOLERANCE <= share <= (k + 1) / 3 + CELL_TOLERANCE
+
+
+def relation_holds(fact, seen):
+    """Two of them stand so, clearly."""
+    dx, dy = RELATIONS[fact.value]
+    for a in named(fact.subject, seen.objects):
+        for b in named(fact.other, seen.objects):
+            apart = (a.x - b.x) * dx + (a.y - b.y) * dy
+            if a is not b and apart > RELATION_TOLERANCE:
+                return True
+    return False
+
+
+def background_holds(fact, seen):
+    def distance(name):
+        return abs(sum(TONES[name]) / 2 - seen.tone)
+    return min(TONES, key=distance) == fact.value
+
+
+HOLDS = {
+    "total": total_holds,
+    "count": count_holds,
+    "size": size_holds,
+    "place": place_holds,
+    "relation": relation_holds,
+    "background": background_holds,
+}
+
+
+# --- Judging: the checker as a judge of rubrics ---------------------------------------------------
+
+class Checker:
+    """The toy world's judge: it looks at the pixels alone.
+
+    judge(pictures, rows) -> for each picture the answers to its row's rubrics, each True or False.
+    row["rubrics"]: [{"name", "check", "fact"}]; a rubric without a fact is "coherent" or "clean".
+    """
+    failed = ()          # a judge at an endpoint counts its failures here; this one has none
+
+    def __call__(self, pictures, rows):
+        answers = []
+        for picture, row in zip(pictures, rows, strict=True):
+            seen = look(picture)
+            answers.append([self.answer(rubric, picture, seen) for rubric in row["rubrics"]])
+        return answers
+
+    def answer(self, rubric, picture, seen):
+        if "fact" in rubric:
+            return check_facts(picture, [rubric["fact"]], seen)[0]
+        if rubric["name"] == "coherent":
+            return all(obj.shape != "unclear" for obj in seen.objects)
+        if rubric["name"] == "clean":
+            return specks(picture, seen.objects) < 0.01
+        raise ValueError(f"the checker knows no rubric {rubric['name']} without a fact")
+
+
+def specks(picture, objects):
+    """Share of the picture that is coloured and belongs to no object."""
+    rgb = np.asarray(picture, np.float32)[..., :3] / 255            # [H, W, 3]
+    colored = chroma_of(rgb) > COLORED
+    return float(colored.mean()) - sum(math.pi * obj.size**2 for obj in objects)
+
+
+def fact_words(fact):
+    """The fact as a sentence that a judge can check."""
+    subject = noun(fact.subject)
+    if fact.kind == "total":
+        return f"There are exactly {fact.value} objects in all."
+    if fact.kind == "count":
+        counted = subject if fact.value == 1 else plural(subject)
+        return f"There are exactly {fact.value} {counted}."
+    if fact.kind == "size":
+        return f"Every {subject} is {fact.value}."
+    if fact.kind == "place":
+        return f"There is a {subject} {fact.value} of the picture."
+    if fact.kind == "relation":
+        return f"A {subject} is {fact.value} a {noun(fact.other)}."
+    return f"The background is {fact.value}."
+
+
+def noun(name):
+    """"red circle", "circle" or "red object" for a name: (shape or None, color or None)."""
+    shape, color = name
+    words = shape or "object"
+    return f"{color} {words}" if color else words
+
+
+# --- Scoring: held-out prompts of six tasks -------------------------------------------------------
+
+EVAL_SEED = 20_260_523           # training draws its scenes with other seeds
+ROUND_TRIP_SEED = 1_000_003
+
+
+class HeldOut(NamedTuple):
+    """A prompt that no training run draws."""
+    task: str            # one of TASKS
+    scene: Scene         # one scene of which the prompt is true
+    claims: list         # [Fact]: what the prompt claims
+    prompt: str
+
+
+def held_out(task, count, height, width, style="dense"):
+    """[HeldOut] of one task. style: dense, brief or vague, see toy.world.sample_scene."""
+    rows = []
+    for i in range(count):
+        scene, details, prompt = sample_scene(
+            EVAL_SEED, TASKS.index(task), i, height, width, task=task, style=style)
+        rows.append(HeldOut(task, scene, facts(scene, details), prompt))
+    return rows
+
+
+def score(pictures, rows, vae):
+    """Scores of PIL pictures that were made for the prompts of rows, [HeldOut] of all six tasks.
+
+    Returns {"overall": mean of the six,
+             each of TASKS: share of its pictures in which all facts hold,
+             "fidelity": Fréchet distance to the drawn pictures of the same prompts}.
+    """
+    passed = {task: [] for task in TASKS}
+    for picture, row in zip(pictures, rows, strict=True):
+        passed[row.task].append(all(check_facts(picture, row.claims)))
+    tasks = {task: sum(passes) / len(passes) for task, passes in passed.items()}
+    overall = sum(tasks.values()) / len(tasks)
+
+    width, height = pictures[0].size
+    drawn = [draw(row.scene, height, width) for row in rows]
+    fidelity = frechet_distance(fidelity_features(vae, from_pil(pictures)),
+                                fidelity_features(vae, from_pil(drawn)))
+    return {"overall": round(overall, 4), **tasks, "fidelity": round(fidelity, 3)}
+
+
+@torch.no_grad()
+def fidelity_features(vae, images):
+    """Mean and spread over the picture of the encoder's tokens: [n, 3, H, W] -> [n, 2 * C].
+    Blur shrinks the spread."""
+    weight = next(vae.parameters())
+    features = []
+    for part in images.split(32):
+        mean, _ = vae.encode(part.to(weight.device, weight.dtype))
+        tokens = vae.to_tokens(mean).float()                        # [B, N, C]
+        features.append(torch.cat([tokens.mean(1), tokens.std(1)], dim=1))
+    return torch.cat(features)
+
+
+def frechet_distance(a, b):
+    """How far two sets of features, [n, d] and [m, d], are apart as wholes: 0 for equal ones.
+
+    |mean a - mean b|^2 + tr(Ca + Cb - 2 (Ca Cb)^1/2), with C their covariances. In fp64: the square
+    root of a nearly singular matrix loses half its digits.
+    """
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)                   # [d, d]
+    means_apart = (a.mean(0) - b.mean(0)).square().sum()
+
+    # Ca Cb has the eigenvalues of Ca^1/2 Cb Ca^1/2, which is symmetric.
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T         # Ca^1/2
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    return (means_apart + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def token_diversity(tokens):
+    """Root mean square distance between a prompt's pictures, a token channel. tokens [G, N, C]."""
+    return (2 * tokens.float().var(0, correction=1)).mean().sqrt().item()
+
+
+@torch.no_grad()
+def round_trip(vae, device, scenes=500, noise=0.0):
+    """Share of drawn scenes that keep every fact after pixels -> tokens -> pixels.
+
+    It is what a perfect denoiser would score; the autoencoder that we ship has at least 0.98.
+    noise: that much is added to every (unit-variance) token first: no denoiser is exact either.
+    """
+    dtype = next(vae.parameters()).dtype
+    sizes = [size for area in AREAS for size in data.buckets(area)]
+    passed = 0
+    for i in tqdm(range(scenes), desc="round trip", leave=False):
+        height, width = sizes[i % len(sizes)]
+        scene, details, _ = sample_scene(ROUND_TRIP_SEED, 0, i, height, width)
+        pixels = torch.from_numpy(np.array(draw(scene, height, width)))[None]     # [1, H, W, 3]
+
+        latent, _ = vae.encode(to_images(pixels, device).to(dtype))
+        tokens = vae.to_tokens(latent).float()                                    # [1, N, C]
+        drawn = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(i))
+        tokens = tokens + noise * drawn.to(device)
+
+        latent = vae.to_latent(tokens, (height // 16, width // 16)).to(dtype)
+        image = to_pil(vae.decode(latent))[0]
+        claims = facts(scene, details | {"color"})
+        if all(check_facts(image, claims)):
+            passed += 1
+    return passed / scenes

@@ -1,0 +1,525 @@
+"""The toy's language: its reasoner's exercises and check, its tokenizer, its text encoder.
+
+Read before: toy/world.py, reason.py, kit/state.py.
+
+    python -m toy.language --out runs/toy        # runs/toy/text_encoder and runs/toy/tokenizer
+
+The story in one paragraph. The toy's text encoder is a tiny GPT-OSS, about 1M parameters, trained
+as a language model. It has two jobs, so it meets two kinds of chat: a caption in the frame in which
+the denoiser will have it read, for its hidden states; and instructions with a brief request,
+answered by a dense caption, since it is the toy's reasoner too. Requests hold words that captions
+never do ("crimson discs"), and the instructions say which details the answer is to state.
+
+Where the toy departs from the paper [ours]: the paper takes GPT-OSS-20B as it is, frozen. Here all
+that a reasoner must keep is known, so its answers are checked word by word (`keeps`); and a system
+prompt is a choice of sentences (`GUIDELINES`), so a program can propose a better one
+(`edit_guidelines`).
+"""
+import itertools
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import lens
+from kit.checkpoint import save_pipeline
+from kit.files import Parser, not_negative, positive, require, run_command
+from kit.run import Log, Notice, learning_rate_factor, start_run
+from kit.state import check_same_run, load_state, save_state
+from toy.world import (
+    COLORS,
+    PAIR_TASKS,
+    PLACE_WORDS,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    VAGUE,
+    caption,
+    details_for,
+    plural,
+    random_scene,
+    request,
+    sample_scene,
+)
+
+# --- What the toy's reasoner is told --------------------------------------------------------------
+
+REWRITE = "Rewrite the request as a description of one picture."
+
+# Sentences that a system prompt can add to that, two wordings each, by the detail that the reasoner
+# then states.
+GUIDELINES = {
+    "size": ("State the size of every object.", "Say how large each object is."),
+    "place": ("State where every object is.", "Give the place of each object."),
+    "relation": ("Say how the objects stand to each other.",
+                 "Describe the relations between objects."),
+    "background": ("Describe the background.", "Say what is behind the objects."),
+    "color": ("Give every object a color.", "Name a color for each object."),
+}
+
+# It knows only the sentences that it was trained on. Of them these two did best. [ours]
+TOY_SYSTEM = " ".join([REWRITE, GUIDELINES["color"][0], GUIDELINES["place"][0]])
+
+
+def rewriting(scene, rng, vague):
+    """One exercise for the reasoner: (instructions, request, the dense caption that follows both).
+
+    vague: whether the request is in words that captions never use.
+    """
+    asked = details_for(scene, rng, "brief")
+    chosen = [detail for detail in GUIDELINES if rng.random() < 0.55]
+    rng.shuffle(chosen)
+    sentences = [GUIDELINES[detail][rng.integers(2)] for detail in chosen]
+    instructions = " ".join([REWRITE] + sentences)
+
+    details = set(asked) | set(chosen)
+    if scene.task not in PAIR_TASKS:
+        details.discard("relation")
+    words = request(scene, asked, rng, vague)
+    return instructions, words, caption(scene, details, rng)
+
+
+# --- The check: does an answer keep the request? --------------------------------------------------
+
+def one_of(words):
+    """A regular expression that captures one of `words`, the longest that fits."""
+    longest_first = sorted(words, key=len, reverse=True)
+    return "(" + "|".join(re.escape(word) for word in longest_first) + ")"
+
+
+def cells_by_words():
+    """{place in words: (column, row)} of the nine cells of a picture."""
+    cells = {}
+    for row, places in enumerate(PLACES):
+        for column, place in enumerate(places):
+            for words in PLACE_WORDS[place]:
+                cells[words] = (column, row)
+    return cells
+
+
+PLAIN = {wording: name for name, wordings in VAGUE.items() for wording in wordings}
+CELLS = cells_by_words()
+
+# "left of" is a vague wording, but not within "to the left of".
+VAGUE_WORD = re.compile(rf"(?<!to the )\b{one_of(PLAIN)}(e?s)?\b")
+# Captures a color, "" where none is said, and a shape.
+NOUN = rf"(?:(?:small|large) )?(?:{one_of(COLORS)} )?{one_of(SHAPES)}(?:es|s)?\b"
+MENTION = re.compile(rf"\b(an?|two|three|four) {NOUN}")
+RELATED = re.compile(rf"\b{NOUN}(?: is)? {one_of(RELATIONS)} (?:an?|the) {NOUN}")
+PLACED = re.compile(rf"\b{NOUN}(?: is)? {one_of(CELLS)}\b")
+PLACE = re.compile(rf"\b{one_of(CELLS)}\b")
+
+# Words that an answer need not take over.
+LITTLE_WORDS = {"a", "an", "the", "and", "of"}
+
+
+class Mention(NamedTuple):
+    """Objects where a text first speaks of them. "" stands for what it does not say."""
+    number: str          # "a", "two", "three" or "four"
+    color: str
+    shape: str
+
+
+class Related(NamedTuple):
+    """A relation as a text states it. "" stands for a color that it does not say."""
+    color: str
+    shape: str
+    relation: str
+    other_color: str
+    other_shape: str
+
+
+def keeps(asked, answer):
+    """Whether an answer keeps a request of the toy world, and can be drawn.
+
+    All words, numbers, colors and relations of the request stand in the answer, in plain words, and
+    the answer adds no object. False for a request that is not about this world.
+    """
+    asked = in_plain_words(asked)
+    answer = in_plain_words(answer)
+    wanted, found = mentions(asked), mentions(answer)
+    return (len(wanted) == len(found) > 0
+            and all_among(wanted, found)
+            and all_among(relations(asked), relations(answer))
+            and words_of(asked) <= words_of(answer) | LITTLE_WORDS
+            and can_be_drawn(answer))
+
+
+def in_plain_words(text):
+    """Lower case, vague words replaced by those of the captions.
+
+    >>> in_plain_words("a couple of Crimson discs")
+    'two red circles'
+    """
+    def plain(match):
+        vague, ending = match.groups()
+        return plural(PLAIN[vague]) if ending else PLAIN[vague]
+
+    return VAGUE_WORD.sub(plain, text.lower())
+
+
+def mentions(text):
+    """[Mention]. "the red circle" is none: it was mentioned before.
+
+    >>> mentions("two small red circles and a star")[1]
+    Mention(number='a', color='', shape='star')
+    """
+    return [Mention("a" if number == "an" else number, color, shape)
+            for number, color, shape in MENTION.findall(text)]
+
+
+def relations(text):
+    """[Related].
+
+    >>> relations("a red ring and a star. the red ring is above the star")[0]
+    Related(color='red', shape='ring', relation='above', other_color='', other_shape='star')
+    """
+    return [Related(*parts) for parts in RELATED.findall(text)]
+
+
+def words_of(text):
+    return set(re.findall(r"\w+", text))
+
+
+def all_among(wanted, found):
+    """Whether each of `wanted` is one of `found`, which may say more where it says nothing."""
+    def fits(one, other):
+        return all(part in ("", other_part) for part, other_part in zip(one, other, strict=True))
+
+    return all(any(fits(one, other) for other in found) for one in wanted)
+
+
+def can_be_drawn(text):
+    """False where two objects have one place, or a relation contradicts two places.
+
+    >>> can_be_drawn("a star at the top and a ring at the bottom. the ring is above the star")
+    False
+    """
+    cells = [CELLS[place] for place in PLACE.findall(text)]
+    if len(set(cells)) < len(cells):
+        return False
+
+    cell_of = {(color, shape): CELLS[place] for color, shape, place in PLACED.findall(text)}
+    for stated in relations(text):
+        first = cell_of.get((stated.color, stated.shape))
+        second = cell_of.get((stated.other_color, stated.other_shape))
+        if first is None or second is None:
+            continue
+        across, down = RELATIONS[stated.relation]
+        ahead = (first[0] - second[0]) * across + (first[1] - second[1]) * down
+        if ahead <= 0:
+            return False
+    return True
+
+
+# --- The offline proposer -------------------------------------------------------------------------
+
+# What is likely to help where a kind of rubric fails: an object whose color and place are said is
+# seldom left out, or there twice.
+REMEDIES = {
+    "total": ("place",),
+    "count": ("color", "place"),
+    "relation": ("place", "relation"),
+    "coherent": ("size", "background"),
+}
+
+
+def edit_guidelines(system, summary, tried):
+    """The toy's proposer for reason.climb, a program: the next edit of a system prompt, or None.
+
+    summary: of reason.failures_in_words. In order: adds the sentences that the failures call for,
+    all sentences, each alone; takes each away; adds two. The first that is not in `tried` is taken.
+    """
+    failing = re.findall(r"(?m)^(\w+): \d+ of", summary)
+    called_for = [detail for kind in failing for detail in REMEDIES.get(kind, ())]
+    most_wanted_first = list(dict.fromkeys(called_for + list(GUIDELINES)))
+    present = [detail for detail in most_wanted_first if asks_for(system, detail)]
+    missing = [detail for detail in most_wanted_first if detail not in present]
+
+    edits = [added(system, [detail for detail in missing if detail in called_for])]
+    edits += [added(system, missing)]
+    edits += [added(system, [detail]) for detail in missing]
+    edits += [taken_away(system, detail) for detail in present]
+    edits += [added(system, pair) for pair in itertools.combinations(missing, 2)]
+    for edit in edits:
+        if edit != system and edit not in tried:
+            return edit
+    return None
+
+
+def asks_for(system, detail):
+    return any(wording in system for wording in GUIDELINES[detail])
+
+
+def added(system, details):
+    """The system prompt with the sentences for more details."""
+    return " ".join([system] + [GUIDELINES[detail][0] for detail in details])
+
+
+def taken_away(system, detail):
+    """The system prompt without its sentence for a detail."""
+    for wording in GUIDELINES[detail]:
+        system = system.replace(wording, "")
+    return " ".join(system.split())
+
+
+# --- The tokenizer --------------------------------------------------------------------------------
+
+SPECIAL = ("<|endoftext|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>")
+
+# What the real tokenizer's template does with messages, in the one form that the toy needs.
+CHAT_TEMPLATE = """{%- set date = current_date or "DATE" -%}
+HEAD
+{%- for message in messages -%}
+{%- if message.role in ("system", "developer") -%}\
+<|start|>developer<|message|># Instructions\n\n{{ message.content }}\n\n<|end|>
+{%- elif message.role == "assistant" -%}\
+{%- if message.thinking -%}\
+<|start|>assistant<|channel|>analysis<|message|>{{ message.thinking }}<|end|>\
+{%- endif -%}\
+<|start|>assistant<|channel|>final<|message|>{{ message.content }}\
+{%- if message.content -%}<|return|>{%- endif -%}
+{%- else -%}<|start|>user<|message|>{{ message.content }}<|end|>{%- endif -%}
+{%- endfor -%}{%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}"""
+
+
+def toy_tokenizer(seed=0, scenes=4000):
+    """-> a tokenizer of transformers, learned on the toy world's sentences.
+
+    Byte-level BPE: a common word is one token, any other text a few bytes. The fixed sentences of
+    the chat are one token each [ours]: they say nothing of the picture, and word by word they would
+    make every prompt twice as long.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.decoder = decoders.ByteLevel()
+    # With a blank before the first word, a word is the same token first and later in a prompt.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = BpeTrainer(
+        vocab_size=768, special_tokens=list(SPECIAL), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(sentences_to_tokenize(seed, scenes), trainer)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in fixed_sentences()])
+
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|return|>",
+        additional_special_tokens=["<|start|>", "<|message|>", "<|channel|>", "<|end|>"])
+    wrapped.chat_template = chat_template()
+    return wrapped
+
+
+def sentences_to_tokenize(seed, scenes):
+    """[text]: what the reasoner is told, over and over, and each scene in three styles."""
+    guidelines = [wording for wordings in GUIDELINES.values() for wording in wordings]
+    chat_words = [REWRITE, "# Instructions", "system developer user assistant analysis final"]
+    texts = 40 * guidelines + 40 * chat_words
+    for i in range(scenes):
+        for style in ("dense", "brief", "vague"):
+            _, _, sentence = sample_scene(seed, 0, i, 96, 96, style=style)
+            texts.append(sentence)
+    return texts
+
+
+def fixed_sentences():
+    """[text] of the chat around every prompt."""
+    head, tail = lens.CHAT["gpt_oss"]
+    return [
+        between("<|message|>", head, "{date}"),          # "You are ChatGPT, ... date: "
+        between("{date}", head, "<|end|>"),              # "Reasoning: medium ..."
+        lens.DESCRIBE,
+        between("<|message|>", tail, "<|end|>"),         # "Need to generate one image ..."
+    ]
+
+
+def between(begin, text, end):
+    return text.split(begin)[1].split(end)[0]
+
+
+def chat_template():
+    head, _ = lens.CHAT["gpt_oss"]
+    before_developer = head.split("<|start|>developer")[0].replace("{date}", "{{ date }}")
+    return CHAT_TEMPLATE.replace("DATE", lens.DATE).replace("HEAD", before_developer)
+
+
+# --- What the text encoder learns -----------------------------------------------------------------
+
+PICTURE_SIZES = data.buckets(96)         # for which the scenes of the exercises are drawn
+NO_LOSS = -100                           # the label of tokens that are given, not learned
+
+
+class Sentences(torch.utils.data.Dataset):
+    """Item `step` is that step's batch: a function of seed and step alone.
+
+    A quarter are captions as the denoiser will meet them, the rest rewritings: copying a request's
+    words is slower to learn than the captions' grammar.
+    """
+
+    def __init__(self, tokenizer, seed, batch):
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.batch = batch
+
+    def __getitem__(self, step):
+        """(ids, labels, mask), each [B, L], padded on the right; mask: 1 where there is a token."""
+        rows, labels = [], []
+        for i in range(self.batch):
+            rng = np.random.default_rng((self.seed, step, i))
+            given, learned = caption_exercise(rng) if i % 4 == 0 else rewriting_exercise(rng)
+            given, learned = self.encode(given), self.encode(learned)
+            rows.append(given + learned)
+            labels.append(len(given) * [NO_LOSS] + learned)
+        masks = [len(row) * [1] for row in rows]
+        return padded(rows, 0), padded(labels, NO_LOSS), padded(masks, 0)
+
+    def encode(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def padded(rows, filler):
+    """[B, L] of lists of unequal length."""
+    length = max(len(row) for row in rows)
+    return torch.tensor([row + (length - len(row)) * [filler] for row in rows])
+
+
+def caption_exercise(rng):
+    """(text given, text to learn): a caption in the frame in which the denoiser has it read."""
+    scene, date = scene_and_date(rng)
+    head, tail = lens.CHAT["gpt_oss"]
+    given = head.replace("{date}", date)
+    return given, caption(scene, details_for(scene, rng), rng) + tail
+
+
+def rewriting_exercise(rng):
+    """(text given, text to learn): instructions and a request, then the answer."""
+    scene, date = scene_and_date(rng)
+    vague = rng.random() < 0.5
+    instructions, asked, answer = rewriting(scene, rng, vague)
+    head, _ = lens.CHAT["gpt_oss"]
+    given = head.replace(lens.DESCRIBE, instructions) + asked + "<|end|><|start|>assistant"
+    return given.replace("{date}", date), "<|channel|>final<|message|>" + answer + "<|return|>"
+
+
+def scene_and_date(rng):
+    """A scene, and a date for the chat's head: often the frozen one, else a random one."""
+    height, width = PICTURE_SIZES[rng.integers(len(PICTURE_SIZES))]
+    scene = random_scene(rng, height, width)
+    if rng.random() < 0.7:
+        return scene, lens.DATE
+    year = rng.integers(24, 36)
+    month = rng.integers(1, 13)
+    day = rng.integers(1, 29)
+    return scene, f"20{year}-{month:02d}-{day:02d}"
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+BATCH = 48               # chats a step
+STEPS = 3200
+LEARNING_RATE = 2e-3
+WARMUP = 100             # steps
+DECAY = 0.6              # share of the steps over which the learning rate falls to zero
+
+
+def next_token_loss(model, ids, labels, mask):
+    """Mean cross entropy of the tokens that are to be learned."""
+    logits = model(input_ids=ids, attention_mask=mask).logits         # [B, L, vocabulary]
+    logits = logits[:, :-1].flatten(0, 1).float()                     # [B * (L - 1), vocabulary]
+    labels = labels[:, 1:].flatten()                                  # [B * (L - 1)]
+    return F.cross_entropy(logits, labels, ignore_index=NO_LOSS)
+
+
+def train_step(model, optimizer, batch):
+    """One step of AdamW -> (loss, norm of the gradient), tensors."""
+    loss = next_token_loss(model, *batch)
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss, norm
+
+
+def train_text(run, settings, folder, size, steps, save_every):
+    """Next-token prediction on captions and rewritings; writes folder/text_encoder and /tokenizer.
+
+    run: a kit.run.Run whose folder holds the state. settings: what tells this run from others.
+    """
+    tokenizer = toy_tokenizer()
+    model = lens.build_text_model(
+        lens.SIZES[size].text_encoder, seed=run.seed, vocab_size=len(tokenizer), pad_token_id=0,
+        eos_token_id=tokenizer.eos_token_id)
+    model.to(run.device).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+
+    weights = {"model": dict(model.named_parameters())}
+    progress = load_state(run, weights, [optimizer], settings)
+    step = 0
+    if progress:
+        step = progress["step"]
+        run.say(f"resuming at step {step}")
+    log = Log(run, step)
+    notice = Notice()
+
+    batches = torch.utils.data.DataLoader(
+        Sentences(tokenizer, run.seed, BATCH), batch_size=None, sampler=range(step, steps),
+        num_workers=1)
+    bar = tqdm(batches, initial=step, total=steps, desc="text encoder", mininterval=2)
+    for batch in bar:
+        factor = learning_rate_factor(step, steps, WARMUP, DECAY)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * factor
+        loss, norm = train_step(model, optimizer, [run.move(part) for part in batch])
+        step += 1
+
+        if step % 20 == 0:
+            log(step=step, loss=loss.item(), grad_norm=norm.item())
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+        if step % save_every == 0 or step == steps or notice.given:
+            save_state(run, step, weights, [optimizer], settings, {"step": step})
+            log.draw()
+        if notice.given and step < steps:
+            bar.close()
+            run.say(f"SIGTERM: saved {run.out} at step {step}; the same command goes on from there")
+            sys.exit(0)
+
+    layers = lens.SIZES[size].transformer.selected_layer_index
+    save_pipeline(folder, text_encoder=lens.TextEncoder(model, tokenizer, layers))
+    run.say(f"wrote {folder}/text_encoder and {folder}/tokenizer")
+
+
+# --- The command ----------------------------------------------------------------------------------
+
+def main(argv=None):
+    parser = Parser("Train the toy's tokenizer and text encoder. The same command again resumes.",
+                    __doc__)
+    parser.add_argument("--out", default="runs/toy", metavar="DIR",
+                        help="gets text_encoder, tokenizer, and text, the run's own folder "
+                             "(default: %(default)s)")
+    parser.add_argument("--size", default="toy", help="toy or nano, which is for tests")
+    parser.add_argument("--steps", type=positive, default=STEPS, help="default: %(default)s")
+    parser.add_argument("--seed", type=not_negative, default=0)
+    parser.add_argument("--save-every", type=positive, default=250, metavar="N", help="steps")
+    parser.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")
+    args = parser.parse_args(argv)
+    require(args.size in ("nano", "toy"),
+            f"unknown size '{args.size}': the text encoders of toy and nano are made here")
+
+    folder = Path(args.out)
+    settings = {"--size": args.size, "--seed": args.seed}
+    check_same_run(folder / "text", settings)
+    run = start_run(folder / "text", args.seed, args.device)
+    require(run.ranks == 1, "the text encoder is small: train it in one process, without torchrun")
+    train_text(run, settings, folder, size=args.size, steps=args.steps, save_every=args.save_every)
+
+
+if __name__ == "__main__":
+    run_command(main)
