@@ -1,0 +1,375 @@
+"""The reasoner: a request becomes a dense prompt. And the search for a better system prompt for it.
+
+Read before: lens.py, kit/chat.py. Used by sample.py (`--reason`) and rl.py (`--search`).
+
+The story in one paragraph. The denoiser is trained on dense captions alone, and people type "two
+crimson discs". So a language model first writes the request out as a caption, and a system prompt
+tells it how [paper]. Any model will do: one behind an OpenAI-compatible endpoint, or the text
+encoder, which is in memory anyway. Which system prompt is best is found by trying: rewrite,
+generate, judge, put the failures into words, have a proposer change the system prompt, and keep the
+change where a paired test on other requests says that it is better. Nothing is trained.
+
+Where this departs from the paper [ours]: answers are checked where a check is known (of the toy
+world: toy.language.keeps), and the user's own words stand where no answer passes. And to score
+better is not enough for a change: it must pass a test, whose errors add up to `ERROR` over a whole
+search.
+"""
+import hashlib
+import re
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Callable
+
+import numpy as np
+import torch
+
+import lens
+from kit.chat import clean, parse_json
+from kit.files import first_few, require
+
+# --- The reasoner ---------------------------------------------------------------------------------
+
+# The paper's rules in our words.
+SYSTEM = """\
+Turn the user's request into one dense prompt for a text-to-image model that was trained on \
+detailed captions. Settle on one concrete scene. Whatever the user said stays as it is:
+objects, numbers, colors, names, quoted text, relations; add only what was left open. \
+Describe each of several subjects apart: its look, its place, how it stands to the others. \
+Write out what
+follows from the request: if it shows the answer to 2+2, write "2+2=4". \
+Then background, light, style, viewpoint. State things as they are: no maybe, no alternatives.
+Reply in the user's language with the prompt alone: one paragraph of about 100 words."""
+
+
+@dataclass(frozen=True)
+class Reasoner:
+    """`reason` with everything settled but the requests."""
+    writes: Callable             # (system, requests, seed, trial) -> raw answers, see `reason`
+    system: str                  # the system prompt
+    seed: int = 0
+    faithful: Callable = None    # (request, prompt) -> whether the prompt keeps the request
+
+    def rewrite(self, requests, system=None, seed=None):
+        """[request] -> [prompt]. system, seed: instead of the reasoner's own, for the search."""
+        if system is None:
+            system = self.system
+        if seed is None:
+            seed = self.seed
+        return reason(self.writes, requests, system, seed, self.faithful)
+
+
+def reason(writes, requests, system, seed=0, faithful=None, trials=8, longest=2000):
+    """[request] -> [prompt], in order.
+
+    writes(system, requests, seed, trial) -> raw answers, None for one that failed
+    faithful(request, prompt) -> bool, the check; None: every prompt passes
+
+    An answer that is empty, refused or not faithful is asked for again in the next trial. After the
+    last one the user's own words stand, and a notice says so. So do requests of more than `longest`
+    characters (the text encoder reads no more than that), and those that the check cannot read.
+    """
+    def passes(request, prompt):
+        return faithful is None or faithful(lens.strip_markers(request), prompt)
+
+    able = [request for request in dict.fromkeys(requests)
+            if len(request) <= longest and passes(request, lens.strip_markers(request))]
+    prompts = {}
+    for trial in range(trials):
+        left = [request for request in able if request not in prompts]
+        if not left:
+            break
+        for request, raw in zip(left, writes(system, left, seed, trial), strict=True):
+            prompt = clean(raw or "")
+            if prompt and passes(request, prompt):
+                prompts[request] = prompt
+
+    unchanged = {request for request in requests if request not in prompts}
+    if unchanged:
+        print(f"note: no usable prompt from the reasoner for {len(unchanged)} of "
+              f"{len(set(requests))} requests, which stay as they are: {first_few(unchanged)}",
+              file=sys.stderr)
+    return [prompts.get(request, request) for request in requests]
+
+
+# --- Who writes: a language model behind an endpoint, or the text encoder -------------------------
+
+def endpoint_writer(endpoint):
+    """-> writes, for `reason`: the model behind a kit.chat.Endpoint.
+
+    It is asked once: its journal would give the same answers to a second trial. LensError where not
+    one request was answered.
+    """
+    def writes(system, requests, seed, trial):
+        if trial > 0:
+            return [None] * len(requests)
+        chats = [[{"role": "system", "content": system}, {"role": "user", "content": request}]
+                 for request in requests]
+        answers = endpoint.ask(chats)
+
+        reasons = ", ".join(sorted(set(endpoint.failed)))
+        require(any(answer is not None for answer in answers),
+                f"no answer from the reasoner at {endpoint.url} ({reasons}): --endpoint URL goes "
+                "up to and with /v1, --model NAME is one that it serves, its key is read from the "
+                "environment variable LENS_API_KEY")
+        return answers
+
+    return writes
+
+
+LONGEST_ANSWER = 512      # tokens that the text encoder may write, its reasoning included [ours]
+TEMPERATURE = 0.7         # of its answers after the first trial [ours]
+
+
+def encoder_writes(encoder, system, requests, seed, trial):
+    """The text encoder itself as the reasoner: a lens.TextEncoder -> [raw answer].
+
+    The first trial takes the likeliest token at each place, later ones sample. Each request has a
+    random generator of its own, so its answer is the same in any batch. LensError for an encoder
+    that was stored without its head.
+    """
+    require(hasattr(encoder.model, "lm_head"),
+            "this text encoder was stored without its head and cannot write: "
+            "name another reasoner with --endpoint URL --model NAME")
+    rows = [chat_ids(encoder, system, request) for request in requests]
+
+    # Equal lengths run together: nothing is padded.
+    members_by_length = defaultdict(list)
+    for i, row in enumerate(rows):
+        members_by_length[len(row)].append(i)
+
+    answers = {}
+    for length, members in members_by_length.items():
+        processors = []
+        if trial > 0:
+            processors.append(GumbelNoise([f"{seed} {trial} {requests[i]}" for i in members]))
+        ids = torch.tensor([rows[i] for i in members], device=encoder.model.device)  # [B, L]
+        written = encoder.model.generate(                                            # [B, L + new]
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST_ANSWER,
+            do_sample=False, logits_processor=processors)
+        texts = encoder.tokenizer.batch_decode(written[:, length:])
+        answers.update(zip(members, texts, strict=True))
+    return [answers[i] for i in range(len(requests))]
+
+
+def chat_ids(encoder, system, request):
+    """Token ids of the chat in which the encoder is to answer a request."""
+    # Markers are stripped, so that neither text can leave its turn of the chat.
+    chat = [{"role": "system", "content": lens.strip_markers(system)},
+            {"role": "user", "content": lens.strip_markers(request)}]
+    # Released templates ask for today's date: the prompt of a seed would drift from day to day.
+    template = encoder.tokenizer.get_chat_template()
+    template = re.sub(r"strftime_now\([^)]*\)", "current_date", template)
+    text = encoder.tokenizer.apply_chat_template(
+        chat, chat_template=template, tokenize=False, add_generation_prompt=True,
+        reasoning_effort="low", enable_thinking=False, current_date=encoder.date)
+    return encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class GumbelNoise:
+    """A logits processor for `generate`, which makes the likeliest token a sampled one.
+
+    The largest of scores with Gumbel noise is a sample of their softmax; with T times the noise, a
+    sample at temperature T.
+    """
+
+    def __init__(self, names):
+        """names: one for each row of a batch; its noise is a function of it."""
+        self.generators = []
+        for name in names:
+            seed = int(hashlib.sha256(name.encode()).hexdigest()[:12], 16)
+            self.generators.append(torch.Generator().manual_seed(seed))
+
+    def __call__(self, input_ids, scores):
+        draws = [torch.empty(scores.shape[1]).exponential_(generator=generator)
+                 for generator in self.generators]
+        gumbel = -torch.stack(draws).log().to(scores)             # [B, vocabulary]
+        return scores + TEMPERATURE * gumbel
+
+
+# --- The search: a paired test --------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Search:
+    """How many requests each part of the search takes. No request is in two parts. [ours]"""
+    summary: int         # whose failures a proposer is told
+    pairs: int           # pictured under both system prompts, the best one so far and the candidate
+    final: int           # to tell at the end what was gained over the start
+
+
+SEARCH = {
+    "nano": Search(summary=6, pairs=12, final=12),
+    "toy": Search(summary=48, pairs=192, final=300),
+    "full": Search(summary=48, pairs=192, final=300),
+}
+
+# The chance that a search accepts anything where no candidate differs from the start, however long
+# it goes on. [ours]
+ERROR = 0.02
+
+
+def better(old, new, alpha, seed=0, flips=20_000):
+    """Paired sign-flip test -> (accept, p, gain).
+
+    old, new  [n] rewards of the same requests and noises under two system prompts; NaN: not judged,
+              and left out
+    alpha     the chance of accepting where the two system prompts are alike
+    flips     random sign patterns to compare with
+
+    Where the system prompts are alike, each difference has either sign with equal chance. p is the
+    share of sign patterns whose sum is at least the one seen (which is counted among them), so
+    P(accept) <= alpha, whatever the rewards' distribution. gain: the mean difference.
+    """
+    difference = np.asarray(new, float) - np.asarray(old, float)
+    difference = difference[~np.isnan(difference)]
+    gain = float(difference.mean()) if len(difference) else 0.0
+    seen = difference.sum()
+    if seen <= 0:                                                  # then p is above one half
+        return False, 1.0, gain
+
+    rng = np.random.default_rng(seed)
+    signs = 2.0 * rng.integers(0, 2, (flips, len(difference)), dtype=np.int8) - 1   # [flips, n]
+    at_least = int((signs @ difference >= seen - 1e-9).sum())
+    p = (1 + at_least) / (1 + flips)
+    return p <= alpha, p, gain
+
+
+# --- The search: climbing -------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Candidate:
+    """A system prompt that was tried. One line of a search's log, under these names."""
+    candidate: int       # its number, from 1
+    accepted: bool       # whether it is now the best
+    old: float           # mean reward of the best one before it ...
+    new: float           # ... and its own, on the same requests
+    gain: float          # the mean of the paired differences
+    p: float             # of the paired test ...
+    alpha: float         # ... and what p had to be at most
+    pairs: int           # requests tried
+    system: str          # the candidate itself
+    parent: str          # the best one before it
+    failures: str        # of the parent, in words: what the proposer was told
+
+
+def best_system(start, candidates):
+    """The system prompt that was accepted last."""
+    accepted = [candidate.system for candidate in candidates if candidate.accepted]
+    return accepted[-1] if accepted else start
+
+
+def climb(start, trial, propose, steps, candidates, write, seed=0):
+    """The search's loop -> the best system prompt.
+
+    trial(which, k, systems) -> (rewards [len(systems), n], what was wrong with the pictures in
+        words): the same requests and noises under each system prompt. which: "summary", or one of
+        "pairs 1" and "pairs 2", the halves of the pairs. k: from 0; each candidate's requests are
+        drawn anew.
+    propose(best, failures, tried) -> a system prompt that is not among those tried, or None
+    steps        candidates in all
+    candidates   list of those that were tried before, where a search goes on. It grows, and
+                 write(candidates) is called after each.
+    """
+    for k in range(len(candidates), steps):
+        best = best_system(start, candidates)
+        tried = [start] + [candidate.system for candidate in candidates]
+        _, failures = trial("summary", k, [best])
+        system = propose(best, failures, tried)
+        if system is None:
+            print("the proposer has nothing new to try")
+            break
+
+        rewards, _ = trial("pairs 1", k, [best, system])
+        rewards = np.asarray(rewards, float)                       # [2, n]
+        # With no gain so far, p is above one half, and the other half of the pairs is not needed.
+        if np.nanmean(rewards[1] - rewards[0]) > 0:
+            second_half, _ = trial("pairs 2", k, [best, system])
+            rewards = np.concatenate([rewards, second_half], axis=1)
+        old, new = rewards
+        alpha = ERROR / ((k + 1) * (k + 2))                        # these add up to ERROR
+        accepted, p, gain = better(old, new, alpha, (seed, k))
+
+        candidate = Candidate(
+            candidate=k + 1, accepted=accepted,
+            old=round(float(np.nanmean(old)), 4), new=round(float(np.nanmean(new)), 4),
+            gain=round(gain, 4), p=round(p, 5), alpha=round(alpha, 5), pairs=len(old),
+            system=system, parent=best, failures=failures)
+        candidates.append(candidate)
+        write(candidates)
+        verdict = "accepted" if accepted else "not accepted"
+        print(f"candidate {k + 1}: reward {candidate.old:.3f} -> {candidate.new:.3f} "
+              f"on {len(old)} requests, p {p:.4f} (wanted {alpha:.4f}): {verdict}\n    {system}")
+    return best_system(start, candidates)
+
+
+# --- The search: what a proposer is told, and a proposer behind an endpoint -----------------------
+
+KINDS_TOLD = 12           # kinds of rubric in a summary: a file's rubrics have a thousand names
+
+
+def failures_in_words(rows, prompts, answers):
+    """What a proposer is told: how often which kind of rubric failed, with an example of each.
+
+    rows     rl.py's: {"prompt": the request, "rubrics": [{"name", "check", ("held_out")}]};
+             of rubrics that are held out nothing is told
+    prompts  the requests as they were rewritten
+    answers  of a judge: for each picture a list with True, False or None (failed) for each rubric
+    """
+    judged = Counter()                     # {kind of rubric: statements}
+    false = defaultdict(list)              # {kind of rubric: [(statement, request, prompt)]}
+    bad_pictures = 0
+    for row, prompt, verdicts in zip(rows, prompts, answers, strict=True):
+        is_bad = False
+        for rubric, verdict in zip(row["rubrics"], verdicts, strict=True):
+            if verdict is None or rubric.get("held_out"):
+                continue
+            judged[rubric["name"]] += 1
+            if not verdict:
+                false[rubric["name"]].append((rubric["check"], row["prompt"], prompt))
+                is_bad = True
+        bad_pictures += is_bad
+
+    lines = [f"{bad_pictures} of {len(rows)} pictures had something wrong."]
+    worst_first = sorted(false, key=lambda kind: (-len(false[kind]), kind))
+    for kind in worst_first[:KINDS_TOLD]:
+        check, request, prompt = false[kind][0]
+        lines.append(f'{kind}: {len(false[kind])} of {judged[kind]} statements were false, such as '
+                     f'"{check}" for the request "{request}", rewritten as "{prompt}".')
+    return "\n".join(lines) + "\n"
+
+
+ASK_PROPOSER = """\
+A language model rewrites short requests for pictures into dense prompts for a text-to-image \
+model. This is its system prompt:
+---
+{system}
+---
+Pictures made that way were judged: {summary}
+{tried}Write a better system prompt: general rules that prevent such failures, nothing about \
+single requests. It must still ask that all the user said is kept and that the reply is the prompt \
+alone.
+Reply with one JSON object, nothing else: {{"system_prompt": "..."}}"""
+
+TRIED_BEFORE = """\
+This was tried before and was not better, or was replaced by a better one: {text}
+"""
+
+
+def propose_by(endpoint):
+    """-> propose, for `climb`: the language model behind a kit.chat.Endpoint.
+
+    It is told the failures and the last four system prompts tried. An unusable answer gives None,
+    which ends the search.
+    """
+    def propose(system, summary, tried):
+        earlier = "".join(TRIED_BEFORE.format(text=text) for text in tried[-4:])
+        question = ASK_PROPOSER.format(system=system, summary=summary, tried=earlier)
+        answer = parse_json(endpoint.one([{"role": "user", "content": question}]))
+        if not isinstance(answer, dict):
+            return None
+        proposed = lens.strip_markers(str(answer.get("system_prompt") or "")).strip()
+        if proposed in ("", system, *tried):
+            return None
+        return proposed
+
+    return propose
