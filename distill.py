@@ -1,652 +1,1090 @@
+"""distill.py: a teacher of twenty guided steps becomes a student of four plain ones.
+
+Read before: rl.py, this one's sibling, and all that stands before it.
+Assumes:     a trained teacher (`--teacher`, default weights/toy), which stays frozen. Do reward RL
+             before this: few-step students blur under it.
+
+The same command again resumes:
+
+    python distill.py --out runs/turbo                     # from weights/toy, on the toy world
+    python sample.py --eval --weights runs/turbo           # its notes say four steps, guidance 1
+    python distill.py --out runs/no-ca --without ca        # what a term does: ca, dm, gan or ida
+    python distill.py --out runs/turbo --lora 3 --export weights/toy-turbo     # as a small adapter
+
+    python distill.py --size full --lora 64 --teacher DIR_OR_REPO --data 'shards/*.tar'
+    python distill.py --size full --lora 64 --teacher DIR_OR_REPO --data captions.txt --without gan
+    torchrun --nproc-per-node 8 distill.py --size full --fsdp --teacher DIR --data 'shards/*.tar'
+
+The story in one paragraph. The student is put where its own sampler would put it: k of its four
+steps are run without gradient, and from there it predicts the picture, y. Three forces act on y.
+Distribution matching (DM): y is noised, and a `fake` model, which always learns what the student
+now makes, and the teacher both say what they see in it; the difference moves the student's
+pictures, as a crowd, onto the teacher's. Guidance (CA): the teacher's guided prediction against its
+plain one, at levels cleaner than the student's input only; this is what makes one forward a step
+enough. Discriminator (GAN): small heads on the frozen teacher's features tell real pictures from
+the student's and give back the sharpness that the other two lose. Fake and heads take four updates
+for each one of the student's, and after it the fake is pulled three hundredths of the way to the
+student (IDA), so that it never falls far behind.
+
+Where this departs from the paper [ours]: the heads' shape and places, and a logit for each token;
+the fake is trained, and heads judge, at the levels at which DM noises; the approximate R1 takes a
+quarter of a batch, since only it runs in fp32; a running average of the student is what is saved;
+`--lora` trains adapters where the paper trains all weights; the toy has other rates, batches and
+steps (`SETTINGS`), and its student's rate falls to zero over the last half of a run.
 """
-distill.py - four steps without guidance: a teacher of twenty guided steps becomes a student of four plain ones.
-
-Read the files before `rl.py` first (`rl.py` is this one's sibling). Assumes a trained teacher (`--teacher`, default weights/toy), which
-stays frozen; do reward RL before this, few-step students blur under it. The same command again resumes:
-
-    python distill.py --out runs/turbo                   # from weights/toy, on the toy world
-    python sample.py --eval --weights runs/turbo         # four steps, guidance 1: the weights say so themselves
-    python distill.py --out runs/no-ca --without ca      # what a term does, shown by leaving it out: ca, dm, gan or ida
-    python distill.py --out runs/turbo --lora 3 --export weights/toy-turbo             # it, as a small adapter of its teacher
-
-    python distill.py --size full --dry-run              # memory and work of a step, by mode; then
-    python distill.py --size full --lora 64 --teacher DIR_OR_REPO --data 'shards/*.tar'                # one GPU of 80 GB, by that account
-    python distill.py --size full --lora 64 --teacher DIR_OR_REPO --data captions.txt --no-gan         # captions alone suffice
-    torchrun --nproc-per-node 8 distill.py --size full --fsdp --teacher DIR_OR_REPO --data 'shards/*.tar'
-
-The story in one paragraph. The student is put where its own sampler would put it: k of its four steps are run without gradient, and
-from there it predicts the picture, y. Three forces act on y. Distribution matching (DM): y is noised, and a `fake` model, which always
-learns what the student now makes, and the teacher both say what they see in it; the difference moves the student's pictures, as a
-crowd, onto the teacher's. Guidance (CA): the teacher's guided prediction against its plain one, at levels cleaner than the student's
-input only; this is what makes one forward a step enough. Discriminator (GAN): small heads on the frozen teacher's features tell real
-pictures from the student's and give back the sharpness that the other two lose. Fake and heads take four updates for each one of the
-student's, and after it the fake is pulled three hundredths of the way to the student (IDA), so that it never falls far behind.
-
-Where this departs from the paper [ours]: the heads' shape and places, and a logit for each token; the fake is trained, and heads judge, at the
-levels at which DM noises; the approximate R1 takes a quarter of a batch, since only it runs in fp32; a running average of the student is
-what is saved; `--lora` trains adapters where the paper trains all weights; the toy has other rates, batches and steps (`SETTINGS`), and
-its student's rate falls to zero over the last half of a run.
-"""
-import argparse, copy, functools, glob, json, math, os, shlex, sys, time
+import argparse
+import copy
+import glob
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import data
+import kit.lora
 import lens
 import sample
 import train
+from kit.checkpoint import (
+    fetch,
+    has_parts,
+    load_pipeline,
+    read_metadata,
+    save_pipeline,
+    unsharded,
+    vae_identity,
+)
+from kit.files import Parser, not_negative, positive, require, run_command
+from kit.images import contact_sheet, save_png
+from kit.lora import add_lora, lora_layers, save_lora, set_lora
+from kit.run import (
+    Log,
+    Notice,
+    average_decay,
+    choose,
+    compile_blocks,
+    follow,
+    generator,
+    learning_rate_factor,
+    pick_device,
+    rank_zero_first,
+    start_run,
+    use_attention,
+    whole,
+)
+from kit.state import (
+    check_no_other_weights,
+    check_same_run,
+    kept_progress,
+    load_state,
+    save_state,
+)
+from toy.checker import held_out
+from toy.dataset import World
+from toy.world import TASKS
 
-STEPS, CRITIC = 4, 4                       # [paper] the student's sampler steps; updates of fake and heads to one of the student
-PULL = 0.1                                 # [paper] weight of L_DM + L_CA
-IDA = 0.03                                 # [paper] phi <- 0.97 phi + 0.03 theta
-R1_GAMMA, R1_NOISE, R1_SHARE = 1.0, 0.1, 0.25      # [paper], [paper]; [ours] share of a batch that it looks at
-BETAS = (0.0, 0.9)                         # [paper] of AdamW: an adversary's old gradients mislead
-MARGIN = 0.02                              # [ours] of a range of noise levels, left out at both ends: nothing can be learnt there
+STEPS = 4                  # [paper] of the student's sampler
+CRITIC = 4                 # [paper] updates of fake and heads to one of the student
+PULL = 0.1                 # [paper] weight of L_DM + L_CA
+IDA = 0.03                 # [paper] phi <- 0.97 phi + 0.03 theta
+R1_GAMMA = 1.0             # [paper] weight of R1
+R1_NOISE = 0.1             # [paper] how far R1 moves a picture
+R1_SHARE = 0.25            # [ours] share of a batch that R1 looks at
+BETAS = (0.0, 0.9)         # [paper] of AdamW: an adversary's old gradients mislead
+MARGIN = 0.02              # [ours] left out at both ends of the levels: nothing can be learnt there
+TERMS = ("ca", "dm", "gan", "ida")
 
-class Settings(NamedTuple):
-    stage: train.Stage   # areas, pictures a batch, steps, the student's learning rate, scenes of the toy world
-    fake_lr: float
-    heads_lr: float
-    gan: float           # weight of L_G
-    guidance: float      # of the teacher, to be distilled
-    average: float       # decay of the student's average
 
-SETTINGS = {"nano": Settings(train.Stage((64, 96), (8, 4), 20, 1e-4, (48, 24)), 1e-4, 1e-3, 0.02, 5.0, 0.9),
-            # [ours]
-            "toy": Settings(train.Stage((64, 96, 128), (32, 32, 24), 100, 1e-4, (300, 300, 3000)), 5e-4, 2e-3, 0.02, 5.0, 0.98),
-            # [paper] but the average
-            "full": Settings(train.Stage((512, 768, 1024), (4, 4, 4), 1000, 5e-7, decay=False), 5e-7, 1e-4, 0.001, 5.0, 0.98)}
-# The toy's gan: L_DM and L_CA are means over a picture's numbers, so their pull on y shrinks with the root of how many there are, and
-# that of L_G does not. A toy picture of 96 x 96 has 1,152, one of 1024 x 1024 524,288: with the paper's 0.001 the heads' pull on the toy was a
-# thousandth of the other two; times sqrt(524288 / 1152) it stands to them as in the paper (at 128 x 128 0.016 would).
-LORA_LR = 10.0           # [ours] an adapter's rates against those of whole weights; at 20 the toy's pictures lost their texture
-# [ours] The modulation too: a student meets four times only, and when all weights of the toy were trained, these layers moved three times
-# as far as the others (1% of their length). Without them an adapter of rank 6 ended at 0.72 where all weights reached 0.78.
-LORA_TARGETS = (*lens.LORA_TARGETS, "img_mod.1", "txt_mod.1")
+# --- Settings -------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise levels, and the student's own sampler.
+@dataclass(frozen=True)
+class Settings:
+    """What a distillation learns by."""
+    stage: train.Stage     # areas, pictures a device, steps, the student's rate, the toy's scenes
+    fake_lr: float         # learning rate of the fake
+    heads_lr: float        # learning rate of the discriminator's heads
+    gan: float             # weight of L_G
+    guidance: float        # of the teacher, to be distilled
+    average: float         # decay of the student's average
+    without: frozenset = frozenset()       # terms that are left out, to see what they do
+
+
+SETTINGS = {
+    "nano": Settings(
+        stage=train.Stage(areas=(64, 96), batch=(8, 4), steps=20, lr=1e-4, scenes=(48, 24),
+                          shape_odds=train.STAR_ODDS),
+        fake_lr=1e-4, heads_lr=1e-3, gan=0.02, guidance=5.0, average=0.9),
+    # [ours] gan: L_DM and L_CA are means over a picture's numbers, so their pull on y shrinks with
+    # the root of how many there are, and that of L_G does not. A toy picture of 96 x 96 has 1,152,
+    # one of 1024 x 1024 524,288: with the paper's 0.001 the heads' pull on the toy was a thousandth
+    # of the other two; times sqrt(524288 / 1152) it stands to them as in the paper.
+    "toy": Settings(
+        stage=train.Stage(areas=(64, 96, 128), batch=(32, 32, 24), steps=100, lr=1e-4,
+                          scenes=(300, 300, 3_000), shape_odds=train.STAR_ODDS),
+        fake_lr=5e-4, heads_lr=2e-3, gan=0.02, guidance=5.0, average=0.98),
+    # [paper] but the average
+    "full": Settings(
+        stage=train.Stage(areas=(512, 768, 1024), batch=(4, 4, 4), steps=1000, lr=5e-7,
+                          decay=False),
+        fake_lr=5e-7, heads_lr=1e-4, gan=0.001, guidance=5.0, average=0.98),
+}
+
+# [ours] An adapter's rates against those of whole weights; at 20 the toy's pictures lost texture.
+LORA_LR = 10.0
+# [ours] The modulation too: a student meets four times only, and when all weights of the toy were
+# trained, these layers moved three times as far as the others. Without them an adapter of rank 6
+# ended at 0.72 where all weights reached 0.78.
+LORA_TARGETS = (*kit.lora.LORA_TARGETS, "img_mod.1", "txt_mod.1")
+
+
+def settings_for(size, lora=0, steps=None, lr=None, guidance=None, without=()):
+    """The preset of a size, with what is asked for in its place. lora: rank of adapters, or 0."""
+    preset = SETTINGS.get(size, SETTINGS["full"])
+    stage = preset.stage
+    if steps is None:
+        steps = stage.steps
+    if lr is None:
+        lr = stage.lr * (LORA_LR if lora else 1)
+    if guidance is None:
+        guidance = preset.guidance
+    fake_lr = lr * preset.fake_lr / stage.lr       # the fake keeps its ratio to the student
+    return replace(preset, stage=replace(stage, steps=steps, lr=lr), fake_lr=fake_lr,
+                   guidance=guidance, without=frozenset(without))
+
+
+# --- Noise levels, and the student's own sampler --------------------------------------------------
 
 def shifted(u, levels):
-    """u in (0, 1), the variable in which the sampler's steps are evenly spaced, -> noise level t of the sampler of `levels`.
-    The shift t = e^mu / (e^mu + 1/u - 1) multiplies the odds of u by e^mu, and the last level above 0 (u = 1 / steps) tells by how much."""
-    last, steps = levels[-2].item(), len(levels) - 1
+    """u in (0, 1), in which the sampler's steps are evenly spaced, -> noise level t.
+
+    levels  [steps + 1] of the sampler. Its shift t = e^mu / (e^mu + 1/u - 1) multiplies the odds of
+            u by e^mu, and its last level above 0 (u = 1 / steps) tells by how much.
+    """
+    steps = len(levels) - 1
+    last = levels[-2].item()
     odds = last / (1 - last) * (steps - 1)
     return odds * u / (1 - u + odds * u)
 
+
 def draw_levels(count, levels, below, rng):
-    """[count] noise levels, evenly drawn in the unshifted variable from 0 to `below`, then shifted. DM: below = 1, the whole range.
-    CA: below = 1 - k / steps, so tau_CA < t_k, strictly. The decoupled-DMD paper writes time the other way round; ports that copied its
-    sign drew the noisier levels, where guidance overshoots (the mean of the check lands at 6.08 m, not at 1.92 m)."""
-    return shifted(below * (MARGIN + (1 - 2 * MARGIN) * torch.rand(count, generator=rng)), levels)
+    """[count] noise levels, evenly drawn in the unshifted variable from 0 to `below`, then shifted.
+
+    DM: below = 1, the whole range. CA: below = 1 - k / STEPS, so that tau_CA < t_k, strictly. The
+    decoupled-DMD paper writes time the other way round; ports that copied its sign drew the noisier
+    levels, where guidance overshoots (the mean of the check lands at 6.08 m, not at 1.92 m).
+    """
+    u = torch.rand(count, generator=rng)
+    return shifted(below * (MARGIN + (1 - 2 * MARGIN) * u), levels)
+
 
 @torch.no_grad()
 def simulate(model, noise, text, mask, grid, k):
-    """The first k steps of the student's sampler, to the bit what `sample.denoise` does with STEPS steps and guidance 1: so the student
-    learns on states that it will meet. noise [B, N, C], text K x [B, S, E] -> [B, N, C] at levels[k]."""
-    levels, x, gathered = lens.sigmas(noise.shape[1], STEPS), noise.float(), isinstance(model, FSDPModule)
-    if k and not gathered:
-        context, modulation = model.prepare(text, mask, grid), model.modulation(levels[:-1].to(noise.device))
+    """The first k steps of the student's sampler, so that it learns on states that it will meet.
+
+    noise [B, N, C], text K x [B, S, E], mask [B, S] -> x [B, N, C] fp32 at level k: to the bit what
+    `sample.denoise` has there, with STEPS steps and guidance 1.
+    """
+    x = noise.float()
+    if k == 0:
+        return x
+
+    levels = lens.sigmas(x.shape[1], STEPS).to(x.device)                           # [STEPS + 1]
+    velocity = sampler_velocity(model, text, mask, grid, levels)
     for i in range(k):
-        if gathered:                                       # FSDP gathers weights for forward alone, which may round otherwise
-            v = model(x, levels[i].expand(len(x)).to(x.device), text, mask, grid).float()
-        else:
-            v = model.velocity_from(x.to(model.proj_out.weight.dtype), modulation.at(i), context).float()      # [B, N, C]
-        x = x + (levels[i + 1] - levels[i]).item() * v
+        x = lens.euler_step(x, velocity(x, i), levels[i], levels[i + 1])
     return x
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The forces on a prediction y. A gradient here is what is subtracted from y.
+
+def sampler_velocity(model, text, mask, grid, levels):
+    """velocity(x, i) of the sampler; under FSDP, which gathers weights for `forward` alone, a plain
+    one that may round otherwise."""
+    if not isinstance(model, FSDPModule):
+        return sample.GuidedVelocity(model, text, mask, None, None, grid, levels, guidance=1.0,
+                                     share=False)
+
+    def velocity(x, i):
+        return model(x, levels[i].expand(len(x)), text, mask, grid).float()        # [B, N, C]
+
+    return velocity
+
+
+# --- The forces on a prediction y. A gradient here is what is subtracted from y -------------------
 
 def dm_gradient(v_fake, v_teacher, t):
-    """x0^_phi - x0^_T(cond) at one noised y, from their velocities (x0 = x_t - t v): [B, N, C]. Zero where the student is the data."""
-    return lens.wide(t, v_teacher) * (v_teacher - v_fake)
+    """x0^_phi - x0^_T(cond) at one noised y, from their velocities (x0 = x_t - t v): [B, N, C].
+    Zero where the student is the data. [paper]"""
+    return lens.widen(t, v_teacher) * (v_teacher - v_fake)
+
 
 def ca_gradient(v_cond, v_uncond, t, guidance, guide=sample.guide):
-    """-(g - 1)(x0^_T(cond) - x0^_T(uncond)): plain against guided prediction, by the guidance of the sampler, rescaling and all. Without
-    the rescaling the student learns the burnt-out colours that the teacher's sampler takes care to avoid."""
-    return lens.wide(t, v_cond) * (guide(v_cond, v_uncond, guidance) - v_cond)
+    """-(g - 1)(x0^_T(cond) - x0^_T(uncond)), guided against plain prediction: [B, N, C]. [paper]
+
+    By the guidance of the sampler, rescaling and all [ours]: without the rescaling the student
+    learns the burnt-out colours that the teacher's sampler takes care to avoid.
+    """
+    return lens.widen(t, v_cond) * (guide(v_cond, v_uncond, guidance) - v_cond)
+
 
 def normalised(gradient, y, x0_teacher):
-    """Divided per sample by mean|y - x0^_T|: levels at which the teacher itself is unsure of y count no more than others. Not by the
-    gradient's own size: it would then never vanish."""
-    return gradient / (y - x0_teacher).abs().mean((1, 2), keepdim=True).clamp_min(1e-5)
+    """Divided per sample by mean|y - x0^_T|: levels at which the teacher itself is unsure of y
+    count no more than others. Not by the gradient's own size: it would never vanish. [paper]"""
+    unsure = (y - x0_teacher).abs().mean((1, 2), keepdim=True)                     # [B, 1, 1]
+    return gradient / unsure.clamp_min(1e-5)
+
 
 def pull(y, gradient):
-    """1/2 |y - stop(y - gradient)|^2, a loss whose gradient at y is `gradient`. Mean over all numbers."""
-    return 0.5 * (y - (y - gradient).detach()).square().mean()
+    """1/2 |y - stop(y - gradient)|^2, a loss whose gradient at y is `gradient`. Mean over all
+    numbers. [paper]"""
+    target = (y - gradient).detach()
+    return 0.5 * (y - target).square().mean()
 
-def follow(behind, ahead, rate):
-    """behind <- (1 - rate) behind + rate ahead: IDA for the fake (rate 0.03 lags 32.3 steps), and the student's average."""
-    with torch.no_grad():
-        torch._foreach_lerp_([train.local(p) for p in behind], [train.local(p) for p in ahead], rate)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The discriminator: heads on the frozen teacher's image stream.
+# --- The discriminator: heads on the frozen teacher's image stream --------------------------------
 
 def places(blocks):
-    """Blocks whose output the heads read: after a third, two thirds and all of them."""
+    """Blocks whose output the heads read: after a third, two thirds and all of them. [ours]"""
     return sorted({blocks // 3, 2 * blocks // 3, blocks - 1})
 
+
 def make_heads(config, seed):
-    """One head a place, each a logit a token. The last layer starts at zero: no opinion, and no force on the student."""
+    """One head a place, each a logit a token. The last layer starts at zero: no opinion, and no
+    force on the student. [ours]"""
+    width = config.inner_dim
+    hidden = min(256, width)
+    heads = nn.ModuleList()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        width, hidden = config.inner_dim, min(256, config.inner_dim)
-        heads = nn.ModuleList([nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
-                               for _ in places(config.num_layers)])
+        for _ in places(config.num_layers):
+            heads.append(nn.Sequential(
+                nn.LayerNorm(width),
+                nn.Linear(width, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, 1)))
     for head in heads:
         nn.init.zeros_(head[-1].weight)
     return heads
 
-def tapped(model, x, t, text, mask, grid):
-    """[B, N, W] for each of `places`: LensTransformer.forward up to the last of them. Not by hooks: compiled blocks pass over hooks that
-    come after the compilation, without a word."""
-    context, time, seen = model.prepare(text, mask, grid), model.time(t), []
-    img, txt = model.img_in(x), context.txt                                        # [B, N, W], [B, S, W]
-    for i, block in enumerate(model.transformer_blocks):
-        img, txt = block(img, txt, time, None, context.rope, context.mask)
-        seen += [img] if i in places(len(model.transformer_blocks)) else []
-    return seen
+
+def teacher_features(teacher, x, t, text, mask, grid):
+    """The image tokens [B, N, W] after each block of `places`."""
+    wanted = places(len(teacher.transformer_blocks))
+    features = []
+
+    def keep(i, img):
+        if i in wanted:
+            features.append(img)
+
+    teacher(x, t, text, mask, grid, on_block=keep)
+    return features
+
 
 def judge(heads, features):
-    """Logits [B, places * N], in fp32: high for real."""
-    return torch.cat([head(f.float()).squeeze(-1) for head, f in zip(heads, features)], 1)
+    """Logits [B, places * N] fp32: high for real."""
+    pairs = zip(heads, features, strict=True)
+    logits = [head(feature.float()).squeeze(-1) for head, feature in pairs]        # [B, N] each
+    return torch.cat(logits, 1)
+
 
 def logistic(real, made):
-    """The heads' loss from their logits on real and on made pictures: 2 log 2 where they know nothing."""
+    """The heads' loss from their logits on real and on made pictures: 2 log 2 where they know
+    nothing. [paper]"""
     return F.softplus(-real).mean() + F.softplus(made).mean()
 
+
 def approximate_r1(judged, x, noise):
-    """gamma / 2 |D(x) - D(x + a noise)|^2: for small a the squared length of D's gradient times gamma a^2 / 2, without a second
-    backward pass. judged: x -> logits. In fp32: the difference of two nearly equal numbers is what bf16 cannot hold."""
+    """gamma / 2 |D(x) - D(x + a noise)|^2. [paper]
+
+    For small a the squared length of D's gradient times gamma a^2 / 2, without a second backward
+    pass. judged: x -> logits, in fp32: bf16 cannot hold the difference of two nearly equal numbers.
+    """
     plain, moved = judged(torch.cat([x, x + R1_NOISE * noise])).chunk(2)
     return R1_GAMMA / 2 * (plain - moved).square().mean()
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Who plays: teacher, student, fake, and the student's average `ema`.
 
-def act(args, who):
-    """The model that plays `who`. With --lora all of them are one base, with this adapter or another, the teacher with none."""
-    if args.lora:
-        lens.set_lora(args.nets[who], None if who == "teacher" else who)
-    return args.nets[who]
+# --- Who plays ------------------------------------------------------------------------------------
 
-def weights(args, who):
-    """{name: parameter} of what is trained in student and fake, and averaged in `ema`; in the same order for all three."""
-    if args.lora:
-        return {f"{n}.lora_{ab}": getattr(layer, f"lora_{ab}")[who]
-                for n, layer in lens.lora_layers(args.nets[who], who).items() for ab in "AB"}
-    dead = set(args.nets[who].unread())
-    return {name: p for name, p in args.nets[who].named_parameters() if name not in dead}
+@dataclass
+class Players:
+    """Teacher, student, fake, `ema` (the student's average), and the discriminator's heads.
 
-def make_nets(args, base, dtype):
-    """Fills args.nets and args.trained from the teacher. All weights are fp32, and computed with in bf16 (autocast)."""
-    # one seed: all three start alike, and as the teacher (B is zero)
-    for who in ("student", "fake", "ema") if args.lora else ():
-        lens.add_lora(base, args.lora, args.lora, LORA_TARGETS, who, generator=train.generator(args.seed, 1))
-    base.requires_grad_(False)
-    args.nets = {who: base if who == "teacher" or args.lora else copy.deepcopy(base) for who in ("teacher", "student", "fake", "ema")}
-    for p in (*weights(args, "student").values(), *weights(args, "fake").values()):
-        p.requires_grad_(True)
-    for who, model in args.nets.items() if not args.lora else [("teacher", base)]:
-        train.set_recompute(model, "full" if args.size == "full" else "none")
-        model.tapped = functools.partial(tapped, model)
-        lens.quicken(model, fullgraph=False) if args.compile else None
-        if args.fsdp:              # each shares the same weights out in the same way, so `follow` needs no word from another rank
-            # The teacher is gathered in fp32, for the R1. Inputs are left alone: rotary angles must stay fp32.
-            policy = (MixedPrecisionPolicy() if who == "teacher" else
-                      MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))
-            for block in model.transformer_blocks:
-                fully_shard(block, mp_policy=policy)
-            fully_shard(model, mp_policy=policy)
-            register_fsdp_forward_method(model, "tapped")                          # it gathers weights as forward does
-    # now: gathered weights would go by the same names
-    args.trained = {who: weights(args, who) for who in ("student", "fake", "ema")}
+    With LoRA the four models are one: a base on which each plays with an adapter of its own name,
+    and the teacher with none.
+    """
+    models: dict           # {who: LensTransformer} of "teacher", "student", "fake", "ema"
+    heads: nn.ModuleList   # the discriminator
+    trained: dict          # {who: {name: parameter}} of "student", "fake", "ema", "heads"
+    lora: int = 0          # rank of the adapters; 0: whole models
 
-def make_optimizers(args, rates):
-    """{who: optimiser} of student, fake and, where there is a discriminator, heads; rates: {who: learning rate}."""
-    learn = {who: args.heads.parameters() if who == "heads" else args.trained[who].values() for who in rates}
-    return {who: torch.optim.AdamW([*learn[who]], lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
-            for who, lr in rates.items() if who != "heads" or "gan" not in args.without}
+    def as_(self, who):
+        """The model that plays `who`, until the next call."""
+        model = self.models[who]
+        if self.lora:
+            set_lora(model, None if who == "teacher" else who)
+        return model
 
-def descend(args, optimizer):
-    """One step along the mean gradient of all ranks, clipped; one that is not finite touches nothing. -> its norm."""
+    def weights(self, who):
+        """{name: parameter} of what is trained in student, fake and heads, and averaged in ema: in
+        the same order for student, fake and ema."""
+        return self.trained[who]
+
+
+def make_players(base, heads, seed, lora=0, recompute="none", compiled=False, shard_dtype=None):
+    """-> Players: student, fake and average all start as the teacher.
+
+    base         the teacher; all weights are fp32, though products may be bf16
+    heads        of `make_heads`
+    lora         rank of adapters; 0: whole models
+    recompute    see LensTransformer.set_recompute
+    shard_dtype  under FSDP the type of products; None: each process holds all weights
+    """
+    if lora:
+        models = dict.fromkeys(("teacher", "student", "fake", "ema"), base)
+        for who in ("student", "fake", "ema"):     # one seed: alike, and as the teacher (B is zero)
+            add_lora(base, lora, lora, LORA_TARGETS, who, generator=generator(seed, 1))
+        base.requires_grad_(False)
+        distinct = {"teacher": base}
+    else:
+        base.requires_grad_(False)
+        models = {"teacher": base}
+        for who in ("student", "fake", "ema"):
+            models[who] = copy.deepcopy(base)
+        distinct = models
+
+    for who in ("student", "fake"):
+        for p in trained_weights(models[who], who, lora).values():
+            p.requires_grad_(True)
+
+    for who, model in distinct.items():
+        model.set_recompute(recompute)
+        if compiled:
+            compile_blocks(model, fullgraph=False)
+        if shard_dtype is not None:
+            share_out(model, None if who == "teacher" else shard_dtype)
+
+    # Now, and not when they are asked for: weights that FSDP has gathered go by the same names.
+    trained = {who: trained_weights(models[who], who, lora) for who in ("student", "fake", "ema")}
+    trained["heads"] = dict(heads.named_parameters())
+    return Players(models, heads, trained, lora)
+
+
+def trained_weights(model, who, lora):
+    """{name: parameter} of `who`: its adapter, or all that can get a gradient."""
+    if lora:
+        named = {}
+        for name, layer in lora_layers(model, who).items():
+            named[f"{name}.lora_A"] = layer.lora_A[who]
+            named[f"{name}.lora_B"] = layer.lora_B[who]
+        return named
+    dead = set(model.unread())
+    return {name: p for name, p in model.named_parameters() if name not in dead}
+
+
+def share_out(model, dtype):
+    """FSDP: each rank keeps a share of every weight, all models in the same way, so `follow` needs
+    no word from another rank.
+
+    dtype  of products; None: weights are gathered in fp32, as the teacher's must be for R1
+    """
+    policy = MixedPrecisionPolicy()
+    if dtype is not None:
+        # Inputs are left alone: rotary angles must stay fp32.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
+    for block in model.transformer_blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def make_optimizers(players, settings):
+    """{who: AdamW} of student, fake and, where there is a discriminator, heads."""
+    rates = {"student": settings.stage.lr, "fake": settings.fake_lr}
+    if "gan" not in settings.without:
+        rates["heads"] = settings.heads_lr
+    return {who: torch.optim.AdamW(players.weights(who).values(), lr=lr, betas=BETAS,
+                                   weight_decay=0.0, fused=True)
+            for who, lr in rates.items()}
+
+
+def descend(run, optimizer):
+    """One step along the mean gradient of all ranks, clipped. -> its norm; a gradient that is not
+    finite touches nothing."""
     parameters = optimizer.param_groups[0]["params"]
-    for p in parameters if args.ranks > 1 else ():
-        if p.grad is not None and not hasattr(p, "to_local"):                      # FSDP has done it for its own
-            dist.all_reduce(p.grad)
-            p.grad /= args.ranks
-    norm = train.whole(torch.nn.utils.clip_grad_norm_(parameters, train.CLIP)).item()
+    if run.ranks > 1:
+        for p in parameters:
+            # FSDP has averaged over ranks what it has sharded.
+            if p.grad is not None and not isinstance(p.grad, DTensor):
+                run.sum_over_ranks(p.grad)
+                p.grad /= run.ranks
+
+    norm = whole(nn.utils.clip_grad_norm_(parameters, train.CLIP)).item()
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
     return norm
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The two kinds of update.
 
-class Batch(NamedTuple):
-    real: torch.Tensor           # [B, N, C] tokens of real pictures, or None: captions alone
-    given: tuple                 # text K x [B, S, E], mask [B, S], grid: what a model is told beside x and t
-    levels: torch.Tensor         # [STEPS + 1] of the student's sampler at this size
-    k: int                       # how many of its steps lie behind the student's input
-    start: torch.Tensor          # [B, N, C] noise
-    rng: torch.Generator
+# --- The two kinds of update ----------------------------------------------------------------------
 
-def get_batch(args, source, number, bucket, samples, found):
-    """Update `number`'s batch: its noise is a function of (seed, number, rank), and k of (seed, number), the same on all ranks: a rank
-    that had fewer steps to simulate would wait for the others."""
-    real, text, mask, _ = found
-    height, width = source.sizes[bucket]
-    rng, move = train.generator(args.seed, number, 1 + args.rank), lambda x: x.to(args.device, non_blocking=True)
-    grid, k = (height // 16, width // 16), int(torch.randint(STEPS, (), generator=train.generator(args.seed, number)))
-    start = torch.randn((len(samples), grid[0] * grid[1], args.nets["teacher"].config.in_channels), generator=rng)
-    return Batch(None if real is None else move(real), ([move(layer) for layer in text], move(mask), grid),
-                 lens.sigmas(start.shape[1], STEPS), k, move(start), rng)
+@dataclass
+class UpdateBatch:
+    """What one update is made of, on the run's device. The first four as in data.Batch."""
+    tokens: torch.Tensor   # [B, N, C] real pictures; None: captions alone
+    text: list             # K x [B, S, E]
+    mask: torch.Tensor     # [B, S]
+    grid: tuple            # (h, w), N = h * w
+    noise: torch.Tensor    # [B, N, C] where the student's sampler starts
+    levels: torch.Tensor   # [STEPS + 1] of that sampler, on the CPU
+    k: int                 # how many of its steps lie behind the student's input
+    rng: torch.Generator   # of all that is drawn in the update
 
-def noised(args, batch, x, below=1.0, same=None):
-    """(x at a drawn level [B, N, C], noise, t [B]); same: the levels of another draw."""
-    t = draw_levels(len(x), batch.levels, below, batch.rng).to(args.device) if same is None else same
-    noise = torch.randn(x.shape, generator=batch.rng).to(args.device)
+
+def make_update_batch(run, batch, number, channels):
+    """data.Batch -> the UpdateBatch of update `number`.
+
+    Its noise is a function of (seed, number, rank), and k of (seed, number), the same on all ranks:
+    a rank that had fewer steps to simulate would wait for the others.
+    """
+    rng = generator(run.seed, number, 1 + run.rank)
+    k = int(torch.randint(STEPS, (), generator=generator(run.seed, number)))
+    N = batch.grid[0] * batch.grid[1]
+    noise = torch.randn((len(batch.samples), N, channels), generator=rng)
+    tokens = None
+    if batch.tokens is not None:
+        tokens = run.move(batch.tokens)
+    return UpdateBatch(
+        tokens=tokens, text=[run.move(layer) for layer in batch.text], mask=run.move(batch.mask),
+        grid=batch.grid, noise=run.move(noise), levels=lens.sigmas(N, STEPS), k=k, rng=rng)
+
+
+def noised(run, batch, x, below=1.0, t=None):
+    """x [B, N, C] -> (x at noise levels t [B, N, C], the noise, t [B]). t: None, to draw it."""
+    if t is None:
+        t = draw_levels(len(x), batch.levels, below, batch.rng).to(run.device)
+    noise = torch.randn(x.shape, generator=batch.rng).to(run.device)
     return lens.add_noise(x, noise, t), noise, t
 
-def autocast(args):
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
 
-def student_predicts(args, batch):
-    """y [B, N, C]: what the student takes for the picture, k steps into its own sampler."""
-    student, t = act(args, "student"), batch.levels[batch.k].expand(len(batch.start)).to(args.device)
-    with autocast(args):
-        x = simulate(student, batch.start, *batch.given, batch.k)
-    # a second one: autocast keeps the casts that it made without gradient, and the weights would get none
-    with autocast(args):
-        return lens.data_prediction(x, student(x, t, *batch.given).float(), t)
+def student_prediction(run, players, batch):
+    """y [B, N, C] fp32: what the student takes for the picture, k steps into its own sampler."""
+    student = players.as_("student")
+    text, mask, grid = batch.text, batch.mask, batch.grid
+    t = batch.levels[batch.k].expand(len(batch.noise)).to(run.device)              # [B]
+    with run.autocast():
+        x = simulate(student, batch.noise, text, mask, grid, batch.k)              # [B, N, C]
 
-def critic_update(args, batch, optimizers):
+    # A second context: autocast keeps the casts of weights that it made without gradient, and the
+    # weights would get none.
+    with run.autocast():
+        v = student(x, t, text, mask, grid).float()                                # [B, N, C]
+    return lens.data_prediction(x, v, t)
+
+
+def critic_update(run, players, batch, optimizers, settings):
     """Fake: flow matching on the student's pictures. Heads: real or made? -> what the log tells."""
     with torch.no_grad():
-        y = student_predicts(args, batch)
-    _, noise, t = noised(args, batch, y)
-    with autocast(args):
-        loss = train.flow_matching_loss(act(args, "fake"), y, *batch.given, noise, t).mean()
-    loss.backward()
-    row = {"fake_loss": loss.item(), "fake_norm": descend(args, optimizers["fake"])}
-    if "gan" in args.without:
-        return row
-    real, _, t = noised(args, batch, batch.real)
-    made, *_ = noised(args, batch, y, same=t)
-    text, mask, grid = batch.given
-    few, teacher = max(1, round(R1_SHARE * len(y))), act(args, "teacher")
-    with torch.no_grad(), autocast(args):
-        features = teacher.tapped(torch.cat([real, made]), torch.cat([t, t]),
-                                  [layer.repeat(2, 1, 1) for layer in text], mask.repeat(2, 1), grid)
+        y = student_prediction(run, players, batch)                                # [B, N, C]
 
-    def judged(x):                                                                 # two times `few` pictures, in fp32
+    _, noise, t = noised(run, batch, y)
+    made = replace(batch, tokens=y)
+    with run.autocast():
+        loss = train.flow_matching_loss(players.as_("fake"), made, noise, t).mean()
+    loss.backward()
+    report = {"fake_loss": loss.item(), "fake_norm": descend(run, optimizers["fake"])}
+    if "gan" not in settings.without:
+        report |= heads_update(run, players, batch, y, optimizers["heads"])
+    return report
+
+
+def heads_update(run, players, batch, y, optimizer):
+    """The heads see real pictures and the student's y [B, N, C], with the same captions, at the
+    same levels. -> what the log tells."""
+    teacher, heads = players.as_("teacher"), players.heads
+    real, _, t = noised(run, batch, batch.tokens)                                  # [B, N, C]
+    made, _, _ = noised(run, batch, y, t=t)                                        # [B, N, C]
+    text, mask = captions_twice(batch, len(y))
+    with torch.no_grad(), run.autocast():
+        features = teacher_features(teacher, torch.cat([real, made]), torch.cat([t, t]),
+                                    text, mask, batch.grid)                        # [2B, N, W] each
+    on_real, on_made = judge(heads, features).chunk(2)
+
+    few = max(1, round(R1_SHARE * len(y)))
+    few_text, few_mask = captions_twice(batch, few)
+
+    def judged(x):                                 # [2 few, N, C], in fp32
         with torch.no_grad():
-            seen = teacher.tapped(x, t[:few].repeat(2), [layer[:few].repeat(2, 1, 1) for layer in text], mask[:few].repeat(2, 1), grid)
-        return judge(args.heads, seen)
-    on_real, on_made = judge(args.heads, features).chunk(2)
-    r1 = approximate_r1(judged, real[:few], torch.randn(real[:few].shape, generator=batch.rng).to(args.device))
+            features = teacher_features(teacher, x, t[:few].repeat(2), few_text, few_mask,
+                                        batch.grid)
+        return judge(heads, features)
+
+    noise = torch.randn(real[:few].shape, generator=batch.rng).to(run.device)
+    r1 = approximate_r1(judged, real[:few], noise)
     loss = logistic(on_real, on_made) + r1
     loss.backward()
+
     right = ((on_real > 0).float().mean() + (on_made < 0).float().mean()) / 2
-    return {**row, "heads_loss": loss.item(), "r1": r1.item(), "heads_right": right.item(),
-            "heads_norm": descend(args, optimizers["heads"])}
+    return {"heads_loss": loss.item(), "r1": r1.item(), "heads_right": right.item(),
+            "heads_norm": descend(run, optimizer)}
 
-def student_update(args, batch, optimizers):
-    """0.1 (L_DM + L_CA) + 0.001 L_G [paper]. The forces are gathered at y, and then go through the student in one backward pass: so each can be
-    measured, and no adapter is switched between a forward pass and its recomputation. -> what the log tells."""
-    y, row = student_predicts(args, batch), {}
-    leaf, total = y.detach().requires_grad_(), y.new_zeros(())
-    with torch.no_grad(), autocast(args):
-        x, _, t = noised(args, batch, leaf)
-        v_teacher = act(args, "teacher")(x, t, *batch.given).float()
-        v_fake = act(args, "fake")(x, t, *batch.given).float()
-        dm = normalised(dm_gradient(v_fake, v_teacher, t), leaf, lens.data_prediction(x, v_teacher, t))
-        row["cosine"] = F.cosine_similarity(v_fake.flatten(1), v_teacher.flatten(1)).mean().item()
-        x, _, t = noised(args, batch, leaf, 1 - batch.k / STEPS)                   # cleaner than the student's input
-        teacher = act(args, "teacher")
-        v_cond, v_uncond = teacher(x, t, *batch.given).float(), teacher(x, t, None, None, batch.given[2]).float()
-        ca = normalised(ca_gradient(v_cond, v_uncond, t, args.guidance), leaf, lens.data_prediction(x, v_cond, t))
-    for name, force in (("dm", dm), ("ca", ca)):
-        row[name] = force.abs().mean().item()                                      # against mean|y - x0^_T|, the teacher's own
-        total = total + (name not in args.without) * PULL * pull(leaf, force)
-    (at_y,) = torch.autograd.grad(total, leaf)
-    size = at_y.norm().item()
-    if "gan" not in args.without:
-        x, _, t = noised(args, batch, leaf)
-        with autocast(args):
-            features = teacher.tapped(x, t, *batch.given)                          # the gradient flows through the teacher
-        loss = F.softplus(-judge(args.heads, features)).mean()
-        (from_heads,) = torch.autograd.grad(args.how.gan * loss, leaf)
-        row.update(gan_loss=loss.item(), gan=from_heads.norm().item() / max(size, 1e-12))      # against the other two together
-        total, at_y = total + args.how.gan * loss, at_y + from_heads
-    act(args, "student")
-    y.backward(at_y)
-    norm = descend(args, optimizers["student"])
-    if "ida" not in args.without:
-        follow(args.trained["fake"].values(), args.trained["student"].values(), IDA)
-    spread = lambda x: x.var(0, correction=0).mean().sqrt().item()                 # over the batch: 0 where all pictures are one
-    return {"loss": total.detach().item(), **row, "grad_norm": norm, "spread": spread(leaf.detach()),
-            **({} if batch.real is None else {"spread_real": spread(batch.real)})}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Captions, checkpoints, evaluation.
+def captions_twice(batch, count):
+    """(text, mask) of a batch's first `count` captions, twice over: each goes with two pictures."""
+    text = [layer[:count].repeat(2, 1, 1) for layer in batch.text]
+    return text, batch.mask[:count].repeat(2, 1)
 
-class Captions:
-    """Captions alone, a line each, as `train.World` and `train.Pictures` give them; the sizes take turns."""
 
-    def __init__(self, args, stage):
-        self.captions, self.encoder = sample.read_prompts(args.data)[0], args.encoder
-        self.sizes = [size for area in stage.areas for size in stage.sizes(area)]
-        self.buckets, self.count = (np.arange(len(self.captions)) % len(self.sizes),
-                                    np.array([len(row) for row in args.encoder.tokenize(self.captions)[0]]))
+def student_update(run, players, batch, optimizers, settings):
+    """0.1 (L_DM + L_CA) + 0.001 L_G [paper]. -> what the log tells.
 
-    def lengths(self, epoch):
-        return self.count
+    The forces are gathered at y, and then go through the student in one backward pass: so each can
+    be measured, and no adapter is switched between a forward pass and its recomputation.
+    """
+    text, mask, grid = batch.text, batch.mask, batch.grid
+    y = student_prediction(run, players, batch)                                    # [B, N, C]
+    leaf = y.detach().requires_grad_()             # where the forces are gathered
 
-    def stream(self, batches):
-        for _, samples, _ in batches:
-            text, mask = self.encoder.encode([self.captions[i] for i in samples])
-            yield None, [layer.float() for layer in text], torch.ones(text[0].shape[:2], dtype=torch.bool) if mask is None else mask, []
+    with torch.no_grad(), run.autocast():
+        # Distribution matching: what the fake sees in y, against what the teacher sees.
+        x, _, t = noised(run, batch, leaf)
+        v_teacher = players.as_("teacher")(x, t, text, mask, grid).float()         # [B, N, C]
+        v_fake = players.as_("fake")(x, t, text, mask, grid).float()
+        dm = normalised(dm_gradient(v_fake, v_teacher, t), leaf,
+                        lens.data_prediction(x, v_teacher, t))
+        cosine = F.cosine_similarity(v_fake.flatten(1), v_teacher.flatten(1)).mean()
 
-def updates(args, source, stage, first, last):
-    """This rank's batches [(bucket, samples, epoch)] of the updates first to last - 1: an epoch after the other, dealt in turn."""
-    counts = stage.counts(source.sizes)
-    plan = functools.lru_cache(2)(lambda epoch: data.plan(source.buckets, source.lengths(epoch), counts, args.seed, epoch))
-    place = lambda number: divmod(number * args.ranks + args.rank, len(plan(0)))
-    return [plan(epoch)[k] for epoch, k in map(place, range(first, last))]
+        # Guidance: the teacher with the caption against the teacher without, at levels cleaner
+        # than the student's input.
+        x, _, t = noised(run, batch, leaf, below=1 - batch.k / STEPS)
+        teacher = players.as_("teacher")
+        v_cond = teacher(x, t, text, mask, grid).float()                           # [B, N, C]
+        v_uncond = teacher(x, t, None, None, grid).float()
+        ca = normalised(ca_gradient(v_cond, v_uncond, t, settings.guidance), leaf,
+                        lens.data_prediction(x, v_cond, t))
 
-def resumable(args, optimizers):
-    """{name: tensor} of all that a resume needs."""
-    found = ({f"{who}.{name}": p for who in ("student", "fake", "ema") for name, p in args.trained[who].items()}
-             | {f"heads.{name}": p for name, p in args.heads.named_parameters()})
-    return ({name: t.detach() for name, t in found.items()}
-            | {f"optimizer.{name}": t for name, t in train.optimizer_tensors(optimizers.values(), found).items()})
+    dm_weight = 0.0 if "dm" in settings.without else PULL
+    ca_weight = 0.0 if "ca" in settings.without else PULL
+    loss = dm_weight * pull(leaf, dm) + ca_weight * pull(leaf, ca)
+    (force,) = torch.autograd.grad(loss, leaf)                                     # [B, N, C]
+    terms = {"cosine": cosine.item(), "dm": dm.abs().mean().item(), "ca": ca.abs().mean().item()}
 
-def save(args, optimizers, state):
-    """The resume state as train.py writes it, and the student's average in the released layout: `sample.py --weights` takes it as it is."""
-    train.write_state(args, state["step"], resumable(args, optimizers), state)
-    out, model = Path(args.out), train.averaged_model(args, act(args, "ema"))      # under FSDP gathered on rank 0, None on the others
-    if args.rank == 0:
-        notes = dict(command=shlex.join(["python", "distill.py", *sys.argv[1:]]), seed=args.seed, trained_steps=state["step"],
-                     trained_seconds=round(state["seconds"]), score=json.dumps(state["scores"]),
-                     teacher=str(args.teacher), steps=STEPS, guidance=1.0, base=args.home[0], words=args.words)
-        # an adapter beside the name of its base: as good as whole weights
-        if args.lora:
-            lens.save_lora(model, out, "ema", notes)
-        lens.save_pipeline(out, transformer=None if args.lora else model, metadata=notes,
-                           base=None if train.has_parts(out) and not args.lora else os.path.relpath(args.parts, out))
+    if "gan" not in settings.without:
+        x, _, t = noised(run, batch, leaf)
+        with run.autocast():                       # the gradient flows through the teacher
+            features = teacher_features(teacher, x, t, text, mask, grid)
+        gan_loss = F.softplus(-judge(players.heads, features)).mean()
+        (from_heads,) = torch.autograd.grad(settings.gan * gan_loss, leaf)
+        terms["gan_loss"] = gan_loss.item()
+        # The force of the heads, against that of the other two together.
+        terms["gan"] = from_heads.norm().item() / max(force.norm().item(), 1e-12)
+        loss = loss + settings.gan * gan_loss
+        force = force + from_heads
 
-def resume(args, optimizers):
-    """Fills weights and optimisers from the newest state of --out; -> the state of the loop, or a fresh one."""
-    if not (found := train.checkpoints(args.out)):
-        return {"step": 0, "seconds": 0.0, "scores": {}, "teacher": {}, "bf16": None, "key": args.key}
-    state = json.loads((found[-1] / "notes.json").read_text())
-    lens.require(state["key"] == args.key,
-                 f"--out {args.out} holds another run ({state['key']}): give another folder, "
-                 "or the same --teacher, --seed, --data, --lora, --guidance, --lr and --without")
-    train.make_moments(optimizers.values())
-    with train.checkpointing(f"cannot read {found[-1]}"):
-        dcp.load(resumable(args, optimizers), storage_reader=dcp.HuggingFaceStorageReader(str(found[-1])))
-    args.say(f"resuming {args.out} at step {state['step']}")
-    return state
+    players.as_("student")                         # a block that is computed again must be its own
+    y.backward(force)
+    norm = descend(run, optimizers["student"])
+    if "ida" not in settings.without:
+        follow(players.weights("fake").values(), players.weights("student").values(), IDA)
 
-@torch.no_grad()
-def measure(args, model, steps, guidance):
-    """Six tasks, 20 prompts each, fidelity, and diversity: root mean square distance between the pictures of one prompt (12 prompts, four
-    seeds each) per token channel. Sharper pictures of fewer kinds would show here."""
-    scores, *_ = sample.evaluate((model, args.vae, args.encoder), *args.home, steps, guidance, 20, progress=False)
-    grid, spread = (args.home[0] // 16, args.home[1] // 16), []
-    for text in sample.encode(args.encoder, [sample.held_out(data.TASKS[i % 6], 2, *args.home)[i // 6][2] for i in range(12)]):
-        noise = torch.cat([sample.picture_noise(seed, grid, model.config.in_channels) for seed in range(4)]).to(args.device)
-        tokens = sample.denoise(model, noise, list(text[:, None].expand(-1, 4, -1, -1).to(args.device)), None, grid, steps, guidance)
-        spread.append(sample.diversity(tokens))
-    return {**scores, "diversity": round(float(np.mean(spread)), 4)}
+    report = {"loss": loss.item(), **terms, "grad_norm": norm, "spread": spread(leaf.detach())}
+    if batch.tokens is not None:
+        report["spread_real"] = spread(batch.tokens)
+    return report
 
-def evaluate(args, state, bar):
-    """The student's scores, and once the teacher's, guided at its own number of steps and plain at the student's."""
-    known = state["teacher"]
-    for who, steps, guidance in (((("teacher", sample.STEPS, args.guidance), ("teacher", STEPS, 1.0)) if not known else ())
-                                 + (("ema", STEPS, 1.0),)):
-        model = train.averaged_model(args, act(args, who))
-        if args.rank == 0:
-            scores = measure(args, model, steps, guidance)
-            known.update({f"{steps} steps, guidance {guidance:g}": scores} if who == "teacher" else {})
-            bar.write(f"step {state['step']}: {who if who == 'teacher' else 'student'}, {steps} steps, guidance {guidance:g}: "
-                      + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
-            state["scores"] = scores
 
-def sheet(args, path):
-    """Contact sheet. Rows: teacher, 20 guided steps; teacher, 4 plain steps; student, 4 plain steps. One prompt and seed a column."""
-    prompts = [sample.held_out(task, 2, *args.home)[k][2] for task in data.TASKS for k in range(2)]
-    for name, who, steps, guidance in (("guided", "teacher", sample.STEPS, args.guidance), ("plain", "teacher", STEPS, 1.0),
-                                       ("student", "ema", STEPS, 1.0)):
-        if who == "ema" or name not in args.rows:                                  # the teacher's do not change
-            model = train.averaged_model(args, act(args, who))
-            args.rows[name] = args.rank == 0 and sample.generate(
-                prompts, (model, args.vae, args.encoder), height=args.home[0], width=args.home[1], steps=steps, guidance=guidance)
-    if args.rank == 0:
-        lens.replace_file(path, lambda new: data.contact_sheet(sum(args.rows.values(), []), len(prompts)).save(new, "PNG"))
+def spread(x):
+    """How far apart a batch's pictures are: 0 where all are one. x [B, N, C]."""
+    return x.var(0, correction=0).mean().sqrt().item()
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop.
 
-def mean_over_ranks(args, row):
-    """The log's numbers, each rank's as one."""
-    values = torch.tensor(list(row.values()), dtype=torch.float64, device="cpu" if args.device == "cpu" else args.device)
-    dist.all_reduce(values) if args.ranks > 1 else None
-    return dict(zip(row, (values / args.ranks).tolist()))
+def distillation_step(run, players, batches, optimizers, settings, step):
+    """Four updates of fake and heads, one of the student, and its average follows.
 
-def distill(args):
-    out, how, config = Path(args.out), args.how, lens.SIZES[args.size].transformer
-    folder = lens.fetch(args.teacher, ("transformer", "vae", "text_encoder"))
-    args.parts, args.words = str(folder), lens.read_metadata(folder).get("words", "[]")
-    _, args.vae, args.encoder = lens.load_pipeline(folder, args.device, None if args.size == "full" else torch.float32,
-                                                   parts=("vae", "text_encoder"))
-    dtype, why = train.same_everywhere(sample.pick_dtype(args.device.split(":")[0], None, config.inner_dim))
-    base = lens.load_pipeline(folder, "cpu" if args.fsdp else args.device, torch.float32, parts=("transformer",))[0]
-    lens.require(base.config == config, f"--teacher {args.teacher}: its weights are not of size {args.size}")
-    make_nets(args, base, dtype)
-    args.heads, args.rows = make_heads(config, args.seed).to(args.device), {}
-    rates = {"student": args.lr, "fake": args.lr * how.fake_lr / how.stage.lr, "heads": how.heads_lr}
-    optimizers = make_optimizers(args, rates)
-    state = resume(args, optimizers)
-    for who, optimizer in optimizers.items():
-        optimizer.param_groups[0]["lr"] = rates[who]
-    # a resumed run keeps to what it began with
-    state["bf16"] = dtype == torch.bfloat16 if state["bf16"] is None else state["bf16"]
-    kernel = train.pick_attention(args, dtype, how.stage.home, state)
-    args.bf16, log, notice = state["bf16"], train.Log(out, state["step"]) if args.rank == 0 else None, train.on_notice()
-    count = sum(p.numel() for p in args.trained["student"].values())
-    args.say(f"{args.size}: {'LoRA of rank ' + str(args.lora) if args.lora else 'all weights'}, "
-             f"{count:,} parameters each in student and fake, {sum(p.numel() for p in args.heads.parameters()):,} in the heads, "
-             f"on {args.ranks} x {args.device}; fp32 weights, {'bf16' if args.bf16 else 'fp32'} compute: {why}; {kernel}\n"
-             f"without: {', '.join(sorted(args.without)) or 'nothing'}; guidance {args.guidance:g}")
-    if args.rank > 0:
-        # rank 0 draws the world, or indexes the shards; the others then read what it wrote
-        dist.barrier()
-    captions = args.data and not args.data.endswith(".tar")
-    source = (Captions(args, how.stage) if captions else train.Pictures(args, how.stage) if args.data else
-              train.World(how.stage, args.seed, args.vae, args.encoder, out / "world.safetensors", args.device))
-    if args.rank == 0 and args.ranks > 1:
-        dist.barrier()
-    batches = updates(args, source, how.stage, state["step"] * (CRITIC + 1), args.steps * (CRITIC + 1))
-    bar = tqdm(total=args.steps, initial=state["step"], desc="distillation", unit="step", mininterval=2, disable=args.rank > 0)
-    begin = time.perf_counter()
-    for number, ((bucket, samples, _), found) in enumerate(zip(batches, source.stream(batches)), state["step"] * (CRITIC + 1)):
-        batch, turn = get_batch(args, source, number, bucket, samples, found), number % (CRITIC + 1)
-        if turn < CRITIC:
-            critic = critic_update(args, batch, optimizers)
-            continue
-        # The fake catches up with a student that comes to rest; at a constant rate the toy's pictures grew noisy after a hundred steps.
-        factor = train.schedule(state["step"], args.steps, 1) if how.stage.decay else 1.0
-        optimizers["student"].param_groups[0]["lr"] = rates["student"] * factor
-        row = mean_over_ranks(args, {**student_update(args, batch, optimizers), **critic, "notice": len(notice)})
-        state["step"] += 1
-        follow(args.trained["ema"].values(), args.trained["student"].values(),
-               1 - min(how.average, (1 + state["step"]) / (10 + state["step"])))
-        state["seconds"] += time.perf_counter() - begin
-        stop, due = row.pop("notice") > 0, lambda every: every and (state["step"] % every == 0 or state["step"] == args.steps)
-        if due(args.eval_every) and not args.data:
-            evaluate(args, state, bar)
-            row.update(state["scores"])
-        if due(args.preview_every):
-            sheet(args, out / f"preview-{state['step']:05d}.png")
-        if log:
-            log(step=state["step"], **{name: round(v, 6) if math.isfinite(v) else None for name, v in row.items()}, k=batch.k,
-                size="{1}x{0}".format(*source.sizes[bucket]), seconds=round(state["seconds"], 2))
-        if due(args.save_every) or stop:
-            save(args, optimizers, state)
+    batches  an iterator of UpdateBatch;  step: how many are done
+    -> (what the log tells, the student's batch)
+    """
+    for _ in range(CRITIC):
+        critic = critic_update(run, players, next(batches), optimizers, settings)
+
+    # The fake catches up with a student that comes to rest: at a constant rate the toy's pictures
+    # grew noisy after a hundred steps.
+    stage = settings.stage
+    factor = learning_rate_factor(step, stage.steps, warmup=1) if stage.decay else 1.0
+    optimizers["student"].param_groups[0]["lr"] = stage.lr * factor
+
+    batch = next(batches)
+    report = student_update(run, players, batch, optimizers, settings)
+    decay = average_decay(step + 1, settings.average)
+    follow(players.weights("ema").values(), players.weights("student").values(), 1 - decay)
+    return {**report, **critic}, batch
+
+
+# --- How far a run is, and what it saves ----------------------------------------------------------
+
+@dataclass
+class Progress:
+    """How far a run is; kept with its state."""
+    step: int = 0
+    seconds: float = 0.0
+    scores: dict = field(default_factory=dict)     # the student's, of the last evaluation
+    teacher: dict = field(default_factory=dict)    # {"20 steps, guidance 5": scores, ...}
+    data: str = None                               # digest of the shards or captions
+    bf16: bool = False
+    attention: str = ""
+
+
+@dataclass(frozen=True)
+class Output:
+    """What checkpoints, scores and contact sheets need beside the weights."""
+    teacher: str           # as it was asked for, and
+    folder: Path           # where it is
+    vae: nn.Module
+    encoder: lens.TextEncoder
+    home: tuple            # (height, width) at which the student is evaluated
+    same: dict             # {flag: value}, the settings that a resume must share
+
+
+def groups_of(players):
+    """The tensors that a state holds, for kit.state."""
+    return {who: players.weights(who) for who in ("student", "fake", "ema", "heads")}
+
+
+def save(run, players, optimizers, progress, output):
+    """The state to resume from, and the student's average in the released layout, which `sample.py
+    --weights` takes as it is."""
+    save_state(run, progress.step, groups_of(players), optimizers.values(), output.same,
+               asdict(progress))
+    model = unsharded(run, players.as_("ema"))     # under FSDP gathered on rank 0
+    if run.rank > 0:
+        return
+
+    notes = {
+        "command": shlex.join(["python", "distill.py", *sys.argv[1:]]),
+        "seed": run.seed,
+        "trained_steps": progress.step,
+        "trained_seconds": round(progress.seconds),
+        "score": json.dumps(progress.scores),
+        "teacher": output.teacher,
+        "steps": STEPS,
+        "guidance": 1.0,
+        "base": output.home[0],
+        "words": read_metadata(output.folder).get("words", "[]"),
+    }
+    base = os.path.relpath(output.folder, run.out)
+    if players.lora:       # an adapter beside the name of its base: as good as whole weights
+        save_lora(model, run.out, "ema", notes)
+        save_pipeline(run.out, metadata=notes, base=base)
+    else:
+        if has_parts(run.out):
+            base = None
+        save_pipeline(run.out, transformer=model, metadata=notes, base=base)
+
+
+# --- Evaluation: every rank calls, since FSDP gathers weights from all; rank 0 works --------------
+
+class Viewer:
+    """Teacher and student as they sample: scores on the toy's tasks, and contact sheets."""
+
+    def __init__(self, run, players, output, guidance):
+        self.run, self.players, self.output, self.guidance = run, players, output, guidance
+        self.teacher_pictures = None               # of the sheet; they never change
+
+    def pipeline(self, who):
+        """(model, vae, encoder), or None on ranks above 0."""
+        model = unsharded(self.run, self.players.as_(who))
+        if self.run.rank > 0:
+            return None
+        return model, self.output.vae, self.output.encoder
+
+    def evaluate(self, progress, say):
+        """Fills progress.scores with the student's; and once progress.teacher with the teacher's,
+        guided at its own number of steps, and plain at the student's."""
+        if not progress.teacher:
+            for steps, guidance in ((sample.STEPS, self.guidance), (STEPS, 1.0)):
+                how = f"{steps} steps, guidance {guidance:g}"
+                progress.teacher[how] = self.scores("teacher", steps, guidance)
+                say(f"step {progress.step}: teacher, {how}: {in_words(progress.teacher[how])}")
+        progress.scores = self.scores("ema", STEPS, 1.0)
+        say(f"step {progress.step}: student, {STEPS} steps, guidance 1: "
+            f"{in_words(progress.scores)}")
+
+    def scores(self, who, steps, guidance):
+        """{name: score}; {} on ranks above 0."""
+        pipeline = self.pipeline(who)
+        if pipeline is None:
+            return {}
+        scores, _, _ = sample.evaluate(pipeline, *self.output.home, steps, guidance, per_task=20,
+                                       progress=False, diversity=True)
+        return scores
+
+    def sheet(self, path):
+        """A contact sheet, one prompt and seed a column. Rows: the teacher's 20 guided steps; its 4
+        plain steps; the student's 4 plain steps."""
+        prompts = [row.prompt for task in TASKS for row in held_out(task, 2, *self.output.home)]
+        if self.teacher_pictures is None:
+            guided = self.pictures("teacher", prompts, sample.STEPS, self.guidance)
+            plain = self.pictures("teacher", prompts, STEPS, 1.0)
+            self.teacher_pictures = guided + plain
+        student = self.pictures("ema", prompts, STEPS, 1.0)
+        if self.run.rank == 0:
+            sheet = contact_sheet(self.teacher_pictures + student, columns=len(prompts))
+            save_png(sheet, path)
+
+    def pictures(self, who, prompts, steps, guidance):
+        """A PIL image a prompt; [] on ranks above 0."""
+        pipeline = self.pipeline(who)
+        if pipeline is None:
+            return []
+        height, width = self.output.home
+        return sample.generate(prompts, pipeline, height=height, width=width, steps=steps,
+                               guidance=guidance)
+
+
+def in_words(scores):
+    return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+
+
+# --- The loop -------------------------------------------------------------------------------------
+
+def planned_batches(run, source, pictures, first, last):
+    """This rank's batches of updates first to last - 1, as data.plan has them: an epoch after the
+    other, dealt to the ranks in turn. pictures: {bucket: pictures a device}."""
+    batches, epoch, plan = [], None, []
+    length = len(data.plan(source.buckets, source.lengths(0), pictures, run.seed, 0))
+    for update in range(first, last):
+        wanted, place = divmod(update * run.ranks + run.rank, length)
+        if wanted != epoch:
+            epoch = wanted
+            plan = data.plan(source.buckets, source.lengths(epoch), pictures, run.seed, epoch)
+        batches.append(plan[place])
+    return batches
+
+
+def update_batches(run, source, planned, first, channels):
+    """The UpdateBatch of each planned batch, in order. first: the number of the first update."""
+    faults = data.FaultCount()
+    for number, batch in enumerate(source.stream(planned), first):
+        faults.add(batch)
+        yield make_update_batch(run, batch, number, channels)
+
+
+def mean_over_ranks(run, report):
+    """{name: number}, each rank's as one."""
+    values = torch.tensor(list(report.values()), dtype=torch.float64).to(run.device)
+    values = run.sum_over_ranks(values) / run.ranks
+    return dict(zip(report, values.tolist(), strict=True))
+
+
+def train_student(run, players, optimizers, source, settings, progress, output, schedule):
+    """From progress.step to the last step: updates, the log, and now and then scores, a contact
+    sheet and a checkpoint."""
+    steps, updates = settings.stage.steps, CRITIC + 1
+    first = progress.step * updates
+    pictures = settings.stage.pictures(source.sizes)
+    planned = planned_batches(run, source, pictures, first, steps * updates)
+    channels = players.models["teacher"].config.in_channels
+    batches = update_batches(run, source, planned, first, channels)
+    viewer = Viewer(run, players, output, settings.guidance)
+    log, notice = Log(run, progress.step), Notice()
+    bar = tqdm(total=steps, initial=progress.step, desc="distillation", unit="step",
+               mininterval=2, disable=run.rank > 0)
+
+    def due(every):
+        return every > 0 and (progress.step % every == 0 or progress.step == steps)
+
+    def say(message):
+        if run.rank == 0:
+            bar.write(message)
+
+    while progress.step < steps:
+        begin = time.perf_counter()
+        report, batch = distillation_step(run, players, batches, optimizers, settings,
+                                          progress.step)
+        report = mean_over_ranks(run, {**report, "notice": float(notice.given)})
+        stop = report.pop("notice") > 0            # a notice to one rank stops all
+        progress.step += 1
+        progress.seconds += time.perf_counter() - begin
+
+        if due(schedule.eval_every):
+            viewer.evaluate(progress, say)
+            report |= progress.scores
+        if due(schedule.preview_every):
+            viewer.sheet(run.out / f"preview-{progress.step:05d}.png")
+        h, w = batch.grid
+        log(step=progress.step, **loggable(report), k=batch.k, size=f"{16 * w}x{16 * h}",
+            seconds=round(progress.seconds, 2))
+        if due(schedule.save_every) or stop:
+            save(run, players, optimizers, progress, output)
+            log.draw()
+
         bar.update()
-        bar.set_postfix_str(f"dm {row['dm']:.2f}, ca {row['ca']:.2f}, fake {row['fake_loss']:.3f}")
+        bar.set_postfix_str(f"dm {report['dm']:.2f}, ca {report['ca']:.2f}, "
+                            f"fake {report['fake_loss']:.3f}")
         if stop:
             bar.close()
-            args.say(f"SIGTERM: saved {out} at step {state['step']}; the same command goes on from there")
+            run.say(f"SIGTERM: saved {run.out} at step {progress.step}; "
+                    "the same command goes on from there")
             sys.exit(0)
-        begin = time.perf_counter()
     bar.close()
-    args.say(f"done: python sample.py --eval --weights {out}")
+
+
+def loggable(report):
+    """Six digits after the point; None, which JSON can hold, for what is not finite."""
+    return {name: round(value, 6) if math.isfinite(value) else None
+            for name, value in report.items()}
+
+
+def open_source(run, stage, output, pattern):
+    """A source of batches, as data.py describes it: the toy world, tar shards, or captions."""
+    vae, encoder = output.vae, output.encoder
+    if pattern is None:
+        return World(stage, run.seed, vae, encoder, run.out / "world.safetensors", run.device)
+    if pattern.endswith(".tar"):
+        return data.ShardSource(pattern, stage.sizes(), run.seed, vae, encoder, run.device,
+                                workers=4, vae_hash=vae_identity(output.folder), say=run.say)
+    return data.CaptionSource(pattern, stage.sizes(), encoder)
+
+
+def distill(run, size, teacher, settings, same, schedule, pattern=None, lora=0, fsdp=False,
+            compiled=False):
+    """A whole run, from what `run.out` holds of it to its last step.
+
+    teacher   a folder or hub id
+    same      {flag: value}, the settings that a resume must share
+    pattern   of tar shards, or a file of captions; None: the toy world
+    lora      rank of adapters; 0: all weights
+    """
+    config, stage = lens.SIZES[size].transformer, settings.stage
+    usual_text, _ = train.text_tokens(size)
+    why = choose(run, config, (stage.home // 16) ** 2 + usual_text, kept_progress(run.out))
+    use_attention(run.attention)
+
+    # The frozen models, and the four that play.
+    folder = fetch(teacher, ("transformer", "vae", "text_encoder"))
+    dtype = None if size == "full" else torch.float32
+    _, vae, encoder = load_pipeline(folder, run.device, dtype, parts=("vae", "text_encoder"))
+    output = Output(teacher, folder, vae, encoder, data.bucket(stage.home), same)
+    base, _, _ = load_pipeline(folder, "cpu" if fsdp else run.device, torch.float32,
+                               parts=("transformer",))
+    require(base.config == config, f"--teacher {teacher}: its weights are not of size {size}")
+    shard_dtype = None
+    if fsdp:
+        shard_dtype = torch.bfloat16 if run.bf16 else torch.float32
+    heads = make_heads(config, run.seed).to(run.device)
+    players = make_players(base, heads, run.seed, lora, "full" if size == "full" else "none",
+                           compiled, shard_dtype)
+
+    optimizers = make_optimizers(players, settings)
+    progress = Progress(**load_state(run, groups_of(players), optimizers.values(), same) or {})
+    progress.bf16, progress.attention = run.bf16, run.attention
+    if progress.step > 0:
+        run.say(f"resuming {run.out} at step {progress.step}")
+    introduce(run, size, players, settings, why)
+
+    with rank_zero_first(run):                     # it draws the world, or indexes the shards
+        source = open_source(run, stage, output, pattern)
+    require(progress.data in (None, source.digest), "--data: these are not the shards or captions "
+            f"that the run in {run.out} began with; give another --out, or the same ones")
+    progress.data = source.digest
+    train_student(run, players, optimizers, source, settings, progress, output, schedule)
+    run.say(f"done: python sample.py --eval --weights {run.out}")
+
+
+def introduce(run, size, players, settings, why):
+    """Says what is trained, where, and how."""
+    what = f"LoRA of rank {players.lora}" if players.lora else "all weights"
+    student = sum(p.numel() for p in players.weights("student").values())
+    heads = sum(p.numel() for p in players.weights("heads").values())
+    left_out = ", ".join(sorted(settings.without)) or "nothing"
+    run.say(f"{size}: {what}, {student:,} parameters each in student and fake, {heads:,} in the "
+            f"heads, on {run.ranks} x {run.device}\n{why}\n"
+            f"without: {left_out}; guidance {settings.guidance:g}")
+
+
+# --- Export: the student as a small adapter of its teacher ----------------------------------------
 
 @torch.no_grad()
-def export(args):
-    """The student of --out as a LoRA over its teacher, of rank --lora and in bf16, to ship: of the toy's 0.80, 0.24 MB at rank 3 keep 0.78.
-    Each matrix's change becomes the nearest of that rank. Layers that see the time alone are fitted to what the student's give over all
-    t instead, by least squares: so their biases and the time embedding, where a LoRA has no place, go into it. Left out, they cost
-    another student at rank 4 a tenth (0.69 instead of 0.78)."""
-    teacher, vae, encoder = lens.load_pipeline(args.teacher, args.device, torch.float32)
-    student, notes = lens.load_pipeline(args.out, args.device, torch.float32, parts=("transformer",))[0], lens.read_metadata(args.out)
-    lens.require(student.config == teacher.config, f"--out {args.out}: not a student of --teacher {args.teacher}")
-    linear = [name for name, layer in teacher.named_modules() if isinstance(layer, nn.Linear) and "time" not in name]
-    lens.add_lora(teacher, args.lora, args.lora, linear, "export")
-    times = torch.linspace(MARGIN, 1, 256, device=args.device)
-    before, after = (F.silu(model.time(times)).double() for model in (teacher, student))       # [T, W]: what the timed layers are given
-    gram = before.T @ before                               # [W, W], nearly singular, since all times look alike: hence the ridge
-    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
-    solve = torch.linalg.solve(gram + ridge, before.T)     # [W, T]: what a layer should give -> the weights that come nearest
-    for name, layer in lens.lora_layers(teacher, "export").items():
+def export(student_folder, teacher, folder, rank, device, score_at=None):
+    """Writes a student as a LoRA over its teacher, of rank `rank` and in bf16, to ship: of the
+    toy's 0.80, 0.24 MB at rank 3 keep 0.78.
+
+    Each matrix's change becomes the nearest of that rank. Layers that see the time alone are fitted
+    to what the student's give over all t instead: so their biases and the time embedding, where a
+    LoRA has no place, go into it. Left out, they cost a student at rank 4 a tenth (0.69, not 0.78).
+
+    score_at  (height, width) at which the adapter is scored on the toy's tasks; None: it is not
+    """
+    model, vae, encoder = load_pipeline(teacher, device, torch.float32)
+    student, _, _ = load_pipeline(student_folder, device, torch.float32, parts=("transformer",))
+    notes = read_metadata(student_folder)
+    require(student.config == model.config,
+            f"--out {student_folder}: not a student of --teacher {teacher}")
+
+    linear = [name for name, layer in model.named_modules()
+              if isinstance(layer, nn.Linear) and "time" not in name]
+    times = torch.linspace(MARGIN, 1, 256, device=device)
+    before = F.silu(model.time(times)).double()            # [T, W]: what the teacher's layers see
+    after = F.silu(student.time(times)).double()           # [T, W]: what the student's see
+    add_lora(model, rank, rank, linear, "export")
+    for name, layer in lora_layers(model, "export").items():
         new = student.get_submodule(name)
         if "_mod." in name or "norm_out" in name:
-            change = after @ new.weight.double().T + new.bias - before @ layer.weight.double().T - layer.bias      # [T, out]
-            fit = solve @ change                                                               # [W, out]
-            b = torch.linalg.svd((before @ fit).T, full_matrices=False)[0][:, :args.lora]      # [out, r]
-            a = b.T @ fit.T                                                                    # [r, W]
+            a, b = fit_timed_layer(layer, new, before, after, rank)
         else:
-            u, s, v = torch.linalg.svd((new.weight - layer.weight).double(), full_matrices=False)
-            b, a = u[:, :args.lora] * s[:args.lora].sqrt(), s[:args.lora, None].sqrt() * v[:args.lora]
-        layer.lora_A["export"].data, layer.lora_B["export"].data = a.bfloat16(), b.bfloat16()
-    if args.size in ("nano", "toy"):
-        notes["score"] = json.dumps(sample.evaluate((teacher, vae, encoder), *args.home, STEPS, 1.0)[0])
-    lens.save_lora(teacher, args.export, "export", notes)
-    lens.save_pipeline(args.export, metadata=notes, base=os.path.relpath(lens.fetch(args.teacher, ("transformer",)), args.export))
-    print(f"wrote {args.export}: {notes['score']}")
+            a, b = nearest_of_rank((new.weight - layer.weight).double(), rank)
+        layer.lora_A["export"].data = a.bfloat16()
+        layer.lora_B["export"].data = b.bfloat16()
 
-def fixed_bytes(base, learnt, heads):
-    """What there is beside activations, in fp32: the teacher; of student and fake weights and two moments; the student's average; a
-    gradient, of one at a time; the heads'. base, learnt, heads: numbers of parameters."""
-    return 4 * base + (12 + 12 + 4 + 4) * learnt + 16 * heads
+    if score_at is not None:
+        scores, _, _ = sample.evaluate((model, vae, encoder), *score_at, STEPS, 1.0)
+        notes["score"] = json.dumps(scores)
+    save_lora(model, folder, "export", notes)
+    base = os.path.relpath(fetch(teacher, ("transformer",)), folder)
+    save_pipeline(folder, metadata=notes, base=base)
+    print(f"wrote {folder}: {notes['score']}")
 
-def dry_run(args):
-    """Memory a device and work a step, by mode and area; counted on the meta device, no weight is made."""
-    config, gib, again, gan = lens.SIZES[args.size].transformer, 2**30, args.size == "full", "gan" not in args.without
-    with torch.device("meta"):
-        model, lora = lens.LensTransformer(config), lens.LensTransformer(config)
-    lens.add_lora(lora, rank := args.lora or 64, rank, LORA_TARGETS, "student")
-    base, adapter = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in lens.lora_parameters(lora, "student"))
-    heads = gan * sum(p.numel() for p in make_heads(config, 0).parameters())
-    measured = args.device != "cpu" or not again           # a CPU tells nothing of the machine that the full size needs
-    peak = train.matmul_peak(args.device, torch.bfloat16) if measured else 7e14
-    print(f"{args.size}: {base:,} parameters, adapter {adapter:,}, heads {heads:,}; "
-          f"128 text tokens, activations {'computed again' if again else 'kept'}\n"
-          f"seconds are those of 40% of {peak / 1e12:.2f} TFLOP/s, "
-          f"{'a large product as measured on this ' + args.device if measured else 'assumed of an H100'}\n"
-          f"{'pictures a device':>18} {'mode':>12} {'weights GiB':>12} {'activations':>12} "
-          f"{'one GPU':>8} {'FSDP on 8':>10} {'TFLOP a step':>13} {'seconds':>8}")
-    for area, count in args.how.stage.batch.items():
-        # The student's graph waits while the heads' gradient goes through the teacher: two sets of activations.
-        kept = (1 + gan) * train.activations(config, "full" if again else "none", count, (area // 16, area // 16), 128)
-        for mode, learnt in (("all weights", base), (f"LoRA {rank}", adapter)):
-            fixed, whole = fixed_bytes(base, learnt, heads), learnt == base
-            # in forwards: there, back, there again; steps simulated, on average
-            learn, simulated = (3 if whole else 2) + again, (STEPS - 1) / 2
-            forwards = CRITIC * (simulated + 1 + learn + gan * (2 + 2 * R1_SHARE)) + simulated + learn + 4 + gan * (2 + again)
-            work = forwards * count * train.flops(model, (area // 16) ** 2, 128) / 3
-            print(f"{count:4} of {area:4} x {area:<4} {mode:>12} {fixed / gib:12.2f} {kept / gib:12.2f} {(fixed + kept) / gib:8.2f} "
-                  f"{f'{(fixed / 8 + kept) / gib:.2f}' if whole else '-':>10} {work / 1e12:13.2f} {work / peak / 0.4:8.1f}")
+
+def nearest_of_rank(change, rank):
+    """(A [rank, in], B [out, rank]), whose product B A is the matrix of that rank which comes
+    nearest to `change` [out, in]."""
+    u, s, v = torch.linalg.svd(change, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * v[:rank], u[:, :rank] * root
+
+
+def fit_timed_layer(layer, new, before, after, rank):
+    """(A, B) with which `layer`, on `before` [T, W], gives what `new` gives on `after` [T, W], as
+    nearly as that rank allows: least squares over the times."""
+    wanted = after @ new.weight.double().T + new.bias                              # [T, out]
+    change = wanted - before @ layer.weight.double().T - layer.bias
+
+    # [W, W], nearly singular, since all times look alike: hence the ridge.
+    gram = before.T @ before
+    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+    fit = torch.linalg.solve(gram + ridge, before.T) @ change                      # [W, out]
+
+    u, _, _ = torch.linalg.svd((before @ fit).T, full_matrices=False)              # [out, ...]
+    b = u[:, :rank]
+    return b.T @ fit.T, b
+
+
+# --- The command line -----------------------------------------------------------------------------
+
+def arguments(argv):
+    parser = Parser("Distil a teacher of 20 guided steps into a student of 4 plain ones. "
+                    "The same command again resumes.", __doc__)
+    add = parser.add_argument
+    add("--size", default="toy", help="one of " + ", ".join(lens.SIZES))
+    add("--teacher", default=str(sample.TOY), metavar="DIR",
+        help="the model to distil, where student and fake start too: a folder or hub id "
+             "(default: weights/toy)")
+    add("--out", default="runs/turbo", metavar="DIR",
+        help="the student, its state, metrics.jsonl, curves.svg, contact sheets")
+    add("--data", metavar="GLOB",
+        help="tar shards of `data.py pack`, or with --without gan a file of captions (default: the "
+             "toy world)")
+    add("--lora", type=not_negative, default=0, metavar="RANK",
+        help="student and fake are adapters on the teacher, instead of whole models")
+    add("--without", action="append", default=[], choices=TERMS,
+        help="leave this out, to see what it does; may be given more than once")
+    add("--guidance", type=float,
+        help="the teacher's, to be distilled (default: what the size says)")
+    add("--lr", type=float,
+        help="the student's; the fake's keeps its ratio to it (default: what the size says)")
+    add("--fsdp", action="store_true",
+        help="under torchrun: weights and moments are shared out over the ranks")
+    add("--export", metavar="DIR",
+        help="train nothing: write the student of --out there, as a LoRA of rank --lora over "
+             "--teacher")
+    add("--steps", type=positive, help="of the student (default: what the size says)")
+    add("--seed", type=int, default=0)
+    add("--device", help="cpu or cuda (default: CUDA if there is one)")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compile the blocks (default: on a GPU)")
+    add("--save-every", type=positive, default=50, metavar="N", help="steps")
+    add("--eval-every", type=not_negative, default=100, metavar="N",
+        help="steps; the toy's six tasks, 20 prompts each; 0: never")
+    add("--preview-every", type=not_negative, default=100, metavar="N",
+        help="steps; 0: never")
+    return parser.parse_args(argv)
+
+
+def check_settings(settings):
+    """LensError where there is nothing to learn."""
+    without = settings.without
+    require(settings.guidance > 1 or "ca" in without,
+            f"--guidance {settings.guidance:g}: there is guidance to distil above 1 only "
+            "(or --without ca)")
+    require(not {"ca", "dm", "gan"} <= without,
+            "--without: one of ca, dm and gan must stay, or nothing moves the student")
+    require(settings.stage.lr > 0, f"--lr {settings.stage.lr:g}: must be above 0")
+
+
+def check_data(size, pattern, without):
+    """LensError where there is nothing to learn from."""
+    if pattern is None:
+        require(size in ("nano", "toy"), f"--size {size}: name shards or captions with --data; "
+                "the toy world is for --size toy or nano")
+        return
+    require(glob.glob(pattern), f"--data {pattern}: no file matches")
+    require(pattern.endswith(".tar") or "gan" in without,
+            f"--data {pattern}: captions alone suffice with --without gan only; "
+            "the discriminator needs real pictures, in tar shards of `data.py pack`")
+
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Distil a teacher of 20 guided steps into a student of 4 plain ones. "
-                                                 "The same command again resumes.",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=__doc__[__doc__.index("    python distill.py --out"):__doc__.index("The story")])
-    parser.error = sample.complain
-    parser.add_argument("--size", default="toy", help="one of " + ", ".join(lens.SIZES))
-    parser.add_argument("--teacher", "--init", default=str(sample.TOY), metavar="DIR",
-                        help="the model to distil, where student and fake start too: a folder or hub id (default: weights/toy)")
-    parser.add_argument("--out", default="runs/turbo", metavar="DIR", help="the student, its state, metrics.jsonl, contact sheets")
-    parser.add_argument("--data", metavar="GLOB",
-                        help="tar shards of `data.py pack`, or with --no-gan a file of captions (default: the toy world)")
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK",
-                        help="student and fake are adapters on the teacher, instead of whole models")
-    parser.add_argument("--no-gan", action="store_true", help="no discriminator: captions alone suffice")
-    parser.add_argument("--without", action="append", default=[], choices=("ca", "dm", "gan", "ida"),
-                        help="leave this out, to see what it does; may be given more than once")
-    parser.add_argument("--guidance", type=float, help="the teacher's, to be distilled (default: what the size says)")
-    parser.add_argument("--lr", type=float, help="the student's; the fake's keeps its ratio to it (default: what the size says)")
-    parser.add_argument("--fsdp", action="store_true", help="under torchrun: weights and moments are shared out over the ranks")
-    parser.add_argument("--dry-run", action="store_true", help="train nothing: print memory and work of a step, by mode")
-    parser.add_argument("--export", metavar="DIR",
-                        help="train nothing: write the student of --out there, as a LoRA of rank --lora over --teacher")
-    parser.add_argument("--steps", type=int, help="of the student (default: what the size says)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks")
-    parser.add_argument("--save-every", type=int, default=50, metavar="N", help="steps")
-    parser.add_argument("--eval-every", type=int, default=100, metavar="N", help="steps; the toy's six tasks, 20 prompts each; 0: never")
-    parser.add_argument("--preview-every", type=int, default=100, metavar="N", help="steps; 0: never")
-    args = parser.parse_args(argv)
-    lens.require(args.size in lens.SIZES, f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
-    args.how, args.without = SETTINGS.get(args.size, SETTINGS["full"]), set(args.without) | ({"gan"} if args.no_gan else set())
-    args.steps, args.guidance = (args.how.stage.steps if args.steps is None else args.steps,
-                                 args.how.guidance if args.guidance is None else args.guidance)
-    args.lr, args.home, args.workers = (args.lr or args.how.stage.lr * (LORA_LR if args.lora else 1),
-                                        data.bucket(args.how.stage.home), 4)
-    lens.require(min(args.steps, args.save_every) > 0 and min(args.lora, args.eval_every, args.preview_every) >= 0,
-                 "--steps and --save-every must be at least 1, --lora, --eval-every and --preview-every not below 0")
-    lens.require(args.guidance > 1 or "ca" in args.without,
-                 f"--guidance {args.guidance:g}: there is guidance to distil above 1 only (or --without ca)")
-    lens.require(not {"ca", "dm", "gan"} <= args.without, "--without: one of ca, dm and gan must stay, or nothing moves the student")
-    args.device = sample.pick_device(args.device)
-    if args.dry_run:
-        return dry_run(args)
+    args = arguments(argv)
+    require(args.size in lens.SIZES,
+            f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
+    settings = settings_for(args.size, args.lora, args.steps, args.lr, args.guidance, args.without)
+    check_settings(settings)
+
     if args.export:
-        lens.require(args.lora, "--export: name the adapter's rank with --lora")
-        return export(args)
-    lens.require(args.data or args.size in ("nano", "toy"),
-                 f"--size {args.size}: name shards or captions with --data; the toy world is for --size toy or nano")
-    lens.require(not args.data or glob.glob(args.data), f"--data {args.data}: no file matches")
-    lens.require(not args.data or args.data.endswith(".tar") or "gan" in args.without,
-                 f"--data {args.data}: captions alone suffice with --no-gan only; "
-                 "the discriminator needs real pictures, in tar shards of `data.py pack`")
-    args.rank, args.ranks, args.device = train.join(args.device)
-    lens.require(args.ranks > 1 or not args.fsdp,
-                 "--fsdp shares weights among processes: start it with torchrun --nproc-per-node N distill.py ...")
-    lens.require(not (args.fsdp and args.lora),
-                 "--fsdp is for whole weights; adapters are small: leave it out, each process then holds the base")
-    args.say = print if args.rank == 0 else lambda *_: None
-    args.key = [str(args.teacher), args.seed, str(args.data), args.lora, args.guidance, args.lr, sorted(args.without)]
-    sample.check_writable(args.out) if args.rank == 0 else None
-    distill(args)
+        require(args.lora, "--export: name the adapter's rank with --lora")
+        score_at = None
+        if args.size in ("nano", "toy"):
+            score_at = data.bucket(settings.stage.home)
+        export(args.out, args.teacher, args.export, args.lora, pick_device(args.device), score_at)
+        return
+
+    check_data(args.size, args.data, settings.without)
+    same = {
+        "--size": args.size,
+        "--teacher": args.teacher,
+        "--seed": args.seed,
+        "--data": args.data,
+        "--lora": args.lora,
+        "--guidance": settings.guidance,
+        "--lr": settings.stage.lr,
+        "--without": sorted(settings.without),
+    }
+    check_same_run(args.out, same)
+    check_no_other_weights(args.out, adapter=args.lora > 0)
+
+    run = start_run(args.out, args.seed, args.device)
+    require(run.ranks > 1 or not args.fsdp, "--fsdp shares weights among processes: start it with "
+            "torchrun --nproc-per-node N distill.py ...")
+    require(not (args.fsdp and args.lora), "--fsdp is for whole weights; adapters are small: leave "
+            "it out, each process then holds the base")
+    compiled = args.compile
+    if compiled is None:
+        compiled = run.device != "cpu"
+    # Evaluation is on the toy's tasks, which a model of other data does not know.
+    schedule = train.Schedule(save_every=args.save_every,
+                              eval_every=0 if args.data else args.eval_every,
+                              preview_every=args.preview_every)
+    distill(run, args.size, args.teacher, settings, same, schedule, pattern=args.data,
+            lora=args.lora, fsdp=args.fsdp, compiled=compiled)
+
 
 if __name__ == "__main__":
-    sample.run(main)
+    run_command(main)
