@@ -1,3 +1,4 @@
+"""What several tests share: a folder of nano parts, a chat server, steady choices, and how to read a run's folder."""
 import json
 import os
 import sys
@@ -9,74 +10,156 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+GOLDENS = Path(__file__).resolve().parent / "goldens"
+sys.path.insert(0, str(ROOT))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
+import kit.files                # noqa: E402  (the path above comes first)
+import kit.run                  # noqa: E402
+import lens                     # noqa: E402
 
-# The choices that a clock makes, made: for tests that compare numbers. A script that such a test starts begins with STEADY.
-STEADY = ("import sample, torch\nsample.pick_dtype = lambda *a: (torch.float32, 'tests compare numbers')\n"
-          "sample.pick_attention = lambda *a, **k: ('flash', 'tests compare numbers')\n")
+
+# --- Steady choices: tests that compare numbers must not depend on a clock -------------------------
+
+def fixed_dtype(*_):
+    return torch.float32, "tests compare numbers"
 
 
-def steady(patch):
-    import sample
-    patch.setattr(sample, "pick_dtype", lambda *a: (torch.float32, "tests compare numbers"))
-    patch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "tests compare numbers"))
+def fixed_attention(*_):
+    return "flash", "tests compare numbers"
+
+
+# How a script that such a test starts begins.
+STEADY_SCRIPT = """
+import torch
+import kit.run
+kit.run.fastest_dtype = lambda *_: (torch.float32, "tests compare numbers")
+kit.run.fastest_attention = lambda *_: ("flash", "tests compare numbers")
+"""
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """Precision fp32 and flash attention, whatever the machine's clock says."""
+    monkeypatch.setattr(kit.run, "fastest_dtype", fixed_dtype)
+    monkeypatch.setattr(kit.run, "fastest_attention", fixed_attention)
 
 
 @pytest.fixture(autouse=True)
 def every_attention_kernel():
     """Training picks a kernel for its process, and here many runs share one."""
     yield
-    import sample
-    sample.use_attention()
+    kit.run.use_attention()
 
+
+# --- Models ----------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
     """A nano autoencoder and text encoder, made by the commands that make the real ones."""
-    import train
-    import vae
+    import toy.autoencoder
+    import toy.language
     folder = tmp_path_factory.mktemp("parts")
-    vae.main(["--out", str(folder), "--size", "nano", "--steps", "4", "--report", "10", "--dtype", "fp32"])
-    train.main(["--stage", "text", "--size", "nano", "--steps", "6", "--out", str(folder), "--save-every", "3"])
+    toy.autoencoder.main(["--out", str(folder), "--size", "nano", "--steps", "4", "--report", "10",
+                          "--dtype", "fp32"])
+    toy.language.main(["--size", "nano", "--steps", "6", "--out", str(folder), "--save-every", "3"])
     return folder
 
 
+def random_model(size="nano", seed=0):
+    """Every weight random: as initialised, gates and output are zero, and any test of the output would pass."""
+    model = lens.build(size, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def relative(a, b):
+    """Largest difference over the largest number."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# --- Runs ------------------------------------------------------------------------------------------
+
+# What a clock fills in: left out where two runs are compared.
+TIMED = {"seconds", "pictures_per_s", "tflops", "peak_share", "wait_s", "sample_s", "judge_wait_s", "train_s"}
+
+
+def rows(folder):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed_rows(folder):
+    return [{name: value for name, value in row.items() if name not in TIMED} for row in rows(folder)]
+
+
+def error_line(main, argv, capsys):
+    """The one line of error with which a command must end, exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        kit.files.run_command(lambda: main(argv))
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert ended.value.code == 2
+    assert len(errors) == 1
+    return errors[0]
+
+
+# --- A chat server ---------------------------------------------------------------------------------
+
 class Chat(BaseHTTPRequestHandler):
-    """An OpenAI-compatible endpoint that answers call k with entry k of `server.script`, over and over: text, raw bytes, a status, a
-    function of the request, "hang" or "die"."""
+    """An OpenAI-compatible endpoint that answers call k with entry k of `server.script`, over and over.
+    An entry is text, raw bytes, a status, a (status, headers) pair, "hang", "die", or a function of the request."""
 
     def do_POST(self):
-        request, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
         server.calls.append(request)
         server.keys.append(self.headers["Authorization"])
-        what = server.script[(len(server.calls) - 1) % len(server.script)]
-        what = what(request) if callable(what) else what
-        if what == "hang":
-            return time.sleep(2)
-        if what == "die":
-            return self.connection.close()
-        if isinstance(what, int):
-            self.send_response(what)
-            self.send_header("Retry-After", "0")
-            return self.end_headers()
-        reply = what if isinstance(what, bytes) else json.dumps({"choices": [{"message": {"content": what}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(reply)))
+        answer = server.script[(len(server.calls) - 1) % len(server.script)]
+        if callable(answer):
+            answer = answer(request)
+        if answer == "hang":
+            time.sleep(2)
+        elif answer == "die":
+            self.connection.close()
+        elif isinstance(answer, int):
+            self.reply(answer, {"Retry-After": "0"}, b"")
+        elif isinstance(answer, tuple):
+            self.reply(*answer, b"")
+        elif isinstance(answer, bytes):
+            self.reply(200, {}, answer)
+        else:
+            body = json.dumps({"choices": [{"message": {"content": answer}}]})
+            self.reply(200, {}, body.encode())
+
+    def reply(self, status, headers, body):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(reply)
+        self.wfile.write(body)
 
     def log_message(self, *_):
         pass
 
 
+def start_server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Chat)
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    server.script, server.calls, server.keys = [], [], []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
 @pytest.fixture
 def server():
     """One such server for a test: its url, script, the calls it got and the keys they carried."""
-    serving = ThreadingHTTPServer(("127.0.0.1", 0), Chat)
-    serving.url, serving.script, serving.calls, serving.keys = f"http://127.0.0.1:{serving.server_port}/v1", [], [], []
-    threading.Thread(target=serving.serve_forever, daemon=True).start()
-    yield serving
-    serving.shutdown()
-    serving.server_close()
+    running = start_server()
+    yield running
+    running.shutdown()
+    running.server_close()

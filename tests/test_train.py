@@ -1,390 +1,720 @@
-"""train.py: what a step learns from, and that a run that was killed goes on as if nothing had happened."""
-import contextlib
+"""train.py: what a step learns from, what a run writes, that ranks learn what one process learns,
+and what is refused. Kills and resumes are in test_restart.py."""
 import copy
-import gc
+import itertools
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import ROOT, STEADY_SCRIPT, error_line, random_model, rows
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import kit.run
 import lens
 import sample
 import train
-import vae as autoencoder
-from conftest import STEADY, steady
+from kit.checkpoint import (
+    WEIGHT_NAMES,
+    load_transformer,
+    read_metadata,
+    save_pipeline,
+)
+from kit.files import LensError, open_safetensors
+from kit.lora import add_lora, merge_lora
+from kit.run import Run, compile_blocks, generator
+from kit.state import kept_progress, newest_state
+from toy.dataset import label_head, label_loss, label_sizes
+
+NANO = lens.SIZES["nano"].transformer
+GRID = (2, 3)
 
 
-@pytest.fixture(scope="module")
-def world(parts, tmp_path_factory):
-    _, autoencoder, encoder = lens.load_pipeline(parts, parts=("vae", "text_encoder"))
-    encoder.layers = lens.SIZES["nano"].transformer.selected_layer_index
-    return train.World(train.STAGES["nano"][2], 0, autoencoder, encoder, tmp_path_factory.mktemp("world") / "w.safetensors", "cpu")
+@pytest.fixture(scope="module", autouse=True)
+def keep_sigterm():
+    """A run takes notice of SIGTERM, and the tests run it in their own process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def nano(parts, steady):
+    """Runs train.py at size nano over the nano parts: nano(out, *flags)."""
+    def run(out, *flags):
+        train.main(nano_flags(parts, out, *flags))
+    return run
+
+
+def nano_flags(parts, out, *flags):
+    return ["--size", "nano", "--device", "cpu", "--preview-every", "0", "--parts", str(parts),
+            "--out", str(out), *flags]
 
 
 def weights(folder):
-    return lens.load_transformer(folder).state_dict()
+    return load_transformer(folder).state_dict()
 
 
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def column(folder, name):
+    """One number of each step."""
+    return [row[name] for row in rows(folder)]
 
 
-def test_the_world_keeps_each_caption_as_long_as_it_is(world):
-    """What the plan sorts by is what the batch then holds; the two captions of a scene take turns."""
-    for epoch in (0, 1):
-        lengths = world.lengths(epoch)
-        plan = data.plan(world.buckets, lengths, {b: 3 for b in range(len(world.sizes))}, 0, epoch)
-        assert sorted(np.concatenate([s for _, s, _ in plan])) == list(range(sum(train.STAGES["nano"][2].scenes.values())))
-        for (bucket, samples, _), (tokens, text, mask, faults) in zip(plan, world.stream(plan)):
-            assert tokens.shape[:2] == (len(samples), world.sizes[bucket][0] * world.sizes[bucket][1] // 256) and not faults
-            assert mask.sum(1).tolist() == lengths[samples].tolist() and all(t.shape[1] == lengths[samples].max() for t in text)
-    assert (world.lengths(0) != world.lengths(1)).any() and (world.lengths(0) == world.lengths(2)).all()
+def random_batch(samples, grid=GRID, length=5, seed=0, **fields):
+    """A data.Batch of size nano, all numbers random."""
+    g = torch.Generator().manual_seed(seed)
+    B, N = len(samples), grid[0] * grid[1]
+    text = [torch.randn(B, length, NANO.enc_hidden_dim, generator=g)
+            for _ in NANO.selected_layer_index]
+    return data.Batch(
+        samples=np.array(samples), epoch=2, grid=grid, text=text,
+        mask=torch.ones(B, length, dtype=torch.bool),
+        tokens=torch.randn(B, N, NANO.in_channels, generator=g), **fields)
 
 
-def test_the_kept_world_is_what_the_frozen_models_say(world, parts):
-    """Scene i of an area is a function of (seed, area, i): drawn again here, through the encoders one by one."""
-    _, autoencoder, encoder = lens.load_pipeline(parts, parts=("vae", "text_encoder"))
-    encoder.layers = lens.SIZES["nano"].transformer.selected_layer_index
-    size = data.BUCKETS[64][2]
-    bucket = world.sizes.index(size)
-    scene = world.first[bucket] + 3
-    tokens, text, mask, _ = next(world.stream([(bucket, np.array([scene]), 1 - scene % 2)]))            # its second caption
-    rng = np.random.default_rng((0, 64, 2 + 3 * len(data.BUCKETS[64])))
-    scene = data.random_scene(rng, *size, odds=train.ODDS)
-    picture = data.draw(scene, *size)
-    captions = train.captions_of(scene, rng)
-    features, _ = encoder.encode([captions[1]])
-    with torch.no_grad():
-        expected = autoencoder.to_tokens(autoencoder.encode(sample.autoencoder.from_pil([picture]))[0])
-    assert torch.allclose(tokens, expected.bfloat16().float(), atol=0.02)
-    assert mask.all() and all(torch.allclose(a, b.bfloat16().float(), rtol=0.02, atol=0.02) for a, b in zip(text, features))
+def random_labels(batch):
+    """What covers each token: shape and colour 0 to 5, and a pose."""
+    B, N = batch.tokens.shape[:2]
+    covering = torch.full((B, N, 6), 0.5)
+    covering[..., :2] = torch.randint(0, 6, (B, N, 2), generator=torch.Generator().manual_seed(1))
+    return covering
 
 
-def test_what_is_exported_is_what_was_scored(parts, tmp_path, monkeypatch):
-    """The shipped file: matrices of the blocks in fp8 with a scale, the rest bf16; read back, the very weights that the score is of."""
-    scored, model = {}, lens.build("nano", seed=3)
-    lens.save_pipeline(tmp_path / "run", model, metadata=dict(base=64, steps=2, guidance=3.0, words="[]"), base=os.path.relpath(parts, tmp_path / "run"))
-    monkeypatch.setattr(sample, "evaluate", lambda pipeline, height, width, steps, guidance: (
-        scored.update({n: t.clone() for n, t in pipeline[0].state_dict().items()}) or {"overall": 0.5, "at": [height, width, steps, guidance]}, None))
-    train.main(["--size", "nano", "--out", str(tmp_path / "run"), "--parts", str(parts), "--export", str(tmp_path / "small")])
-    got, notes, exact = weights(tmp_path / "small"), lens.read_metadata(tmp_path / "small"), model.state_dict()
-    assert json.loads(notes["score"]) == {"overall": 0.5, "at": [64, 64, 2, 3.0]}
-    assert all(torch.equal(t.float(), scored[n]) for n, t in got.items())
-    with lens.open_safetensors(tmp_path / "small" / "transformer" / lens.WEIGHT_NAMES[0]) as f:
-        kinds = {n: f.get_tensor(n).dtype for n in f.keys()}
-    matrices = {n for n, t in exact.items() if n.startswith("transformer_blocks") and t.ndim == 2}
-    assert matrices == {n for n, kind in kinds.items() if kind == torch.float8_e4m3fn} and {kinds[n] for n in kinds.keys() - matrices} == {torch.bfloat16}
-    for name in matrices:                                                          # half of e4m3's last bit, or of its smallest step
-        assert ((scored[name] - exact[name]).abs() <= 0.0665 * exact[name].abs() + exact[name].abs().max() / 448 * 2**-9 * 2).all(), name
-    assert all(torch.equal(scored[n], exact[n].bfloat16().float()) for n in exact.keys() - matrices)
+def let_learn(model):
+    """Freezes what gets no gradient, as a run does."""
+    unread = set(model.unread())
+    for name, p in model.named_parameters():
+        p.requires_grad_(name not in unread)
+    return model
 
+
+# --- Settings -------------------------------------------------------------------------------------
+
+def test_a_stage_of_one_area_has_squares_and_one_of_more_has_nine_ratios():
+    assert train.STAGES["nano", 1].sizes() == [(64, 64)]
+    assert train.STAGES["nano", 1].pictures([(64, 64)]) == {0: 16}
+
+    stage = train.STAGES["nano", 2]
+    small, large = data.buckets(64), data.buckets(96)
+    assert stage.home == 96
+    assert stage.sizes() == small + large
+    expected = [16] * len(small) + [8] * len(large)
+    assert list(stage.pictures(stage.sizes()).values()) == expected
+
+
+def test_sizes_without_stages_of_their_own_have_those_of_full():
+    assert train.stage_of("small", 2) is train.STAGES["full", 2]
+    assert train.stage_of("nano", 1) is train.STAGES["nano", 1]
+
+
+def test_the_mean_time_is_the_papers_at_both_ends():
+    assert train.timestep_mu(256) == 1.0
+    assert train.timestep_mu(4096) == pytest.approx(1.3)
+
+
+def test_no_two_stages_share_an_epochs_number():
+    """Noise is a function of (seed, epoch, sample). Stage 1 once met stage 2's after 1,000
+    epochs."""
+    numbers = [train.epoch_number(stage, epoch) for stage in (1, 2) for epoch in range(5001)]
+    assert len(set(numbers)) == len(numbers)
+    for stage, epoch in itertools.product((1, 2), range(1000)):
+        assert train.epoch_number(stage, epoch) == 1000 * stage + epoch
+
+
+def test_learning_rates_rise_and_fall_as_the_stage_says():
+    toy = replace(train.STAGES["toy", 1], steps=1000)
+    factors = [train.rate_factor(toy, step) for step in (0, 99, 500, 750, 999)]
+    assert factors == [0.01, 1.0, 1.0, 0.5, 0.002]
+
+    full = train.STAGES["full", 1]
+    factors = [train.rate_factor(full, step) for step in (0, 499, 999, full.steps - 1)]
+    assert factors == [0.001, 0.5, 1.0, 1.0]
+
+    optimizers = train.make_optimizers(let_learn(lens.build("nano")), toy)
+    train.set_learning_rates(optimizers, toy, 0.5)
+    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    assert rates == [0.5 * toy.lr, 0.5 * toy.muon_lr]
+
+
+# --- Noise, times, dropped text -------------------------------------------------------------------
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch():
-    noise, t, dropped = train.noise_and_time(1, 2, [5, 9, 2], (16, 4), (1.0, 1.0))
-    alone = train.noise_and_time(1, 2, [9], (16, 4), (1.0, 1.0))
-    assert torch.equal(noise[1], alone[0][0]) and t[1] == alone[1][0] and dropped[1] == alone[2][0]
-    other = train.noise_and_time(1, 3, [9], (16, 4), (1.0, 1.0))
-    assert not torch.equal(other[0], alone[0])
+    batch, alone = random_batch([5, 9, 2]), random_batch([9])
+    noise, t, dropped = train.draw_noise_and_time(1, batch, (1.0, 1.0))
+    its_noise, its_t, its_dropped = train.draw_noise_and_time(1, alone, (1.0, 1.0))
+    assert torch.equal(noise[1], its_noise[0])
+    assert t[1] == its_t[0]
+    assert dropped[1] == its_dropped[0]
+
+    for seed, epoch in ((1, 3), (2, 2)):
+        other, _, _ = train.draw_noise_and_time(seed, replace(alone, epoch=epoch), (1.0, 1.0))
+        assert not torch.equal(other, its_noise)
 
 
 def test_times_and_dropout_follow_their_distributions():
-    _, t, dropped = train.noise_and_time(0, 0, range(4000), (1, 1), (1.75, 1.25))
-    logit = torch.log(t / (1 - t))
-    assert abs(logit.mean() - 1.75) < 0.07 and abs(logit.std() - 1.25) < 0.06
+    batch = random_batch(range(4000), grid=(1, 1), length=1)
+    _, t, dropped = train.draw_noise_and_time(0, batch, (1.75, 1.25))
+    assert abs(t.logit().mean() - 1.75) < 0.07
+    assert abs(t.logit().std() - 1.25) < 0.06
     assert abs(dropped.float().mean() - train.DROPOUT) < 0.02
 
-
-def test_the_loss_is_zero_for_the_true_velocity_and_its_least_value_is_the_mean():
-    tokens, noise, t = torch.randn(3, 6, 4), torch.randn(3, 6, 4), torch.rand(3)
-    exact = lambda x_t, t, *_: lens.velocity(tokens, noise)
-    assert train.flow_matching_loss(exact, tokens, None, None, (2, 3), noise, t).max() == 0
-    silent = lambda x_t, t, *_: torch.zeros_like(x_t)
-    assert torch.allclose(train.flow_matching_loss(silent, tokens, None, None, (2, 3), noise, t), (noise - tokens).square().mean((1, 2)))
+    _, papers, _ = train.draw_noise_and_time(0, batch)
+    assert abs(papers.logit().mean() - train.timestep_mu(1)) < 0.06
+    assert abs(papers.logit().std() - 1.0) < 0.05
 
 
-def test_labels_are_learnt_from_an_early_block_and_leave_no_trace(parts, tmp_path, monkeypatch):
-    """The term beside the velocity's: what it is without knowledge and with all of it; that it falls; that what is saved to sample from has no part of it."""
-    model = lens.build("nano").requires_grad_(False)
-    [p.normal_(std=0.2) for name, p in model.named_parameters() if "_mod" in name]         # gates start at zero, where every block gives the same
-    x, t, text, seen = torch.randn(2, 6, 16), torch.rand(2), [torch.randn(2, 3, 32)] * 2, []
-    assert torch.equal(model(x, t, text, None, (2, 3), seen.append), model(x, t, text, None, (2, 3)))
-    assert [s.shape for s in seen] == [(2, 6, 32)] * 2 and not torch.allclose(seen[0], seen[1])
-    shapes, colors = len(data.SHAPES) + 1, len(data.COLORS) + 1
-    labels = torch.cat([torch.arange(6.0).expand(2, -1)[..., None], torch.zeros(2, 6, 1), torch.full((2, 6, 4), 0.5)], -1)
-    ignorant = lambda img: torch.zeros(2, 6, shapes + colors + 4)                  # the pose, 4 times 0.5, counts where a shape is: 5 tokens of 6
-    assert torch.allclose(autoencoder.label_loss(ignorant, seen[0], labels), torch.tensor(np.log(shapes) + np.log(colors) + 2 * 5 / 6).float())
-    wise = lambda img: torch.cat([50.0 * F.one_hot(labels[..., k].long(), n) for k, n in enumerate((shapes, colors))] + [labels[..., 2:]], -1)
-    assert autoencoder.label_loss(wise, seen[0], labels).max() < 1e-6
-    steady(monkeypatch)
-    command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--preview-every", "0", "--device", "cpu"]
-    train.main([*command, "--steps", "150", "--out", str(tmp_path)])
-    told = [r["label_loss"] for r in rows(tmp_path)]
-    assert told[0] > np.log(shapes) + np.log(colors) - 1e-3 and np.mean(told[-5:]) < 0.8 * told[0]
-    assert weights(tmp_path).keys() == model.state_dict().keys()
+@torch.no_grad()
+def test_a_dropped_sample_is_shown_no_text():
+    model, batch = random_model(), random_batch([0, 1])
+    t = torch.rand(2)
+    mask = train.without_text(batch, torch.tensor([True, False])).mask
+    shown = model(batch.tokens, t, batch.text, batch.mask, GRID)
+    some = model(batch.tokens, t, batch.text, mask, GRID)
+    none = model(batch.tokens, t, None, None, GRID)
+    torch.testing.assert_close(some[0], none[0])
+    torch.testing.assert_close(some[1], shown[1])
+    assert not torch.allclose(shown[0], none[0])
+
+
+# --- The loss -------------------------------------------------------------------------------------
+
+def test_the_loss_is_zero_for_the_true_velocity_and_its_mean_square_for_none():
+    batch, t = random_batch([0, 1, 2]), torch.rand(3)
+    noise = torch.randn(batch.tokens.shape)
+    truth = lens.velocity(batch.tokens, noise)
+
+    def exact(x_t, *_):
+        assert torch.equal(x_t, lens.add_noise(batch.tokens, noise, t))
+        return truth
+
+    def silent(x_t, *_):
+        return torch.zeros_like(x_t)
+
+    assert train.flow_matching_loss(exact, batch, noise, t).max() == 0
+    losses = train.flow_matching_loss(silent, batch, noise, t)
+    assert losses.shape == (3,)
+    assert torch.allclose(losses, truth.square().mean((1, 2)))
+
+
+@torch.no_grad()
+def test_labels_are_asked_of_the_block_that_the_reader_names():
+    model, batch = random_model(), random_batch([0, 1])
+    batch.labels = random_labels(batch)
+    noise, t = torch.randn(batch.tokens.shape), torch.rand(2)
+    images = []
+    plain = train.flow_matching_loss(
+        model, batch, noise, t, on_block=lambda i, img: images.append(img))
+    assert torch.equal(plain, train.flow_matching_loss(model, batch, noise, t))
+
+    head = label_head(NANO.inner_dim)
+    nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(0))
+    for block in (0, 1):
+        losses, label_losses = train.losses_of(
+            model, batch, noise, t, train.LabelReader(head, block))
+        assert torch.equal(losses, plain)
+        assert torch.equal(label_losses, label_loss(head, images[block], batch.labels))
+    assert not torch.allclose(images[0], images[1])
+
+    losses, label_losses = train.losses_of(model, batch, noise, t)
+    assert torch.equal(losses, plain)
+    assert torch.equal(label_losses, torch.zeros(2))
+
+
+def test_labels_are_learnt_and_leave_no_trace(nano, tmp_path):
+    """What is saved, and sampled from, has no part of them."""
+    nano(tmp_path, "--stage", "1", "--steps", "150")
+    label_losses = column(tmp_path, "label_loss")
+    shapes, colors, _ = label_sizes()
+    assert label_losses[0] > math.log(shapes) + math.log(colors) - 1e-3      # it knows nothing yet
+    assert np.mean(label_losses[-5:]) < 0.8 * label_losses[0]
+    assert weights(tmp_path).keys() == lens.build("nano").state_dict().keys()
+
+
+# --- One step -------------------------------------------------------------------------------------
+
+def test_a_step_of_two_micro_batches_is_a_step_on_their_mean(tmp_path):
+    """Of unequal size: each sample weighs the same."""
+    run, stage = Run(tmp_path), train.STAGES["nano", 1]
+    model = let_learn(random_model())
+    twin = copy.deepcopy(model)
+    batches = [random_batch([0, 1, 2], seed=1), random_batch([7, 8], grid=(3, 4), seed=2)]
+
+    losses = []
+    for batch in batches:
+        noise, t, dropped = train.draw_noise_and_time(run.seed, batch, stage.mean_std)
+        seen = train.without_text(batch, dropped)
+        losses.append(train.flow_matching_loss(twin, seen, noise, t))
+    mean = torch.cat(losses).mean()
+    mean.backward()
+    learns = [p for p in twin.parameters() if p.requires_grad]
+    norm = nn.utils.clip_grad_norm_(learns, train.CLIP)
+    assert norm > train.CLIP                       # or the test would not see that it is clipped
+
+    micros = [train.MicroBatch(batch, 1 / 5, last=batch is batches[1]) for batch in batches]
+    report = train.train_step(run, model, micros, [], stage)
+    assert report.loss == pytest.approx(mean.item(), rel=1e-6)
+    assert report.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    assert report.shapes == [(3, 6, 5), (2, 12, 5)]
+    for p, q in zip(model.parameters(), twin.parameters()):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+def tallied(losses, t, share=1.0, faults=()):
+    """A Tally of one micro-batch with these losses."""
+    tally = train.Tally("cpu")
+    batch = random_batch(range(len(losses)), faults=faults)
+    losses = torch.tensor(losses)
+    tally.add(train.MicroBatch(batch, share, last=True), losses, 0.5 * losses, torch.tensor(t))
+    return tally
+
+
+def test_a_report_holds_means_by_quarter_of_t_and_counts(tmp_path):
+    tally = tallied([1.0, 2.0, 6.0], [0.1, 0.2, 1.0], faults=["a broken picture"])
+    # Of a rank that only runs along for its peers nothing counts.
+    along = train.MicroBatch(random_batch([0], faults=["its fault"]), 0.0, last=True)
+    tally.add(along, torch.tensor([50.0]), torch.tensor([50.0]), torch.tensor([0.6]))
+
+    report = tally.over_all_ranks(Run(tmp_path), torch.tensor(0.5), None, notified=False)
+    assert report.loss == 3.0
+    assert report.loss_by_t == [1.5, None, None, 6.0]
+    assert report.label_loss == 1.5
+    assert report.grad_norm == 0.5
+    assert report.replaced == 1
+    assert report.shapes == [(3, 6, 5)]
+    assert report.sound
+    assert not report.stop
+
+
+@pytest.mark.parametrize("loss, norm, usual, sound", [
+    (3.0, 0.5, None, True),
+    (3.0, 0.5, 0.8, True),
+    (3.0, 0.5, 0.7, False),                        # over four times the usual
+    (float("nan"), 0.5, None, False),
+    (float("inf"), 0.5, None, False),
+    (3.0, float("nan"), None, False),
+])
+def test_a_step_is_sound_that_is_finite_and_near_the_usual(loss, norm, usual, sound, tmp_path):
+    report = tallied([loss], [0.5]).over_all_ranks(
+        Run(tmp_path), torch.tensor(norm), usual, notified=True)
+    assert report.sound is sound
+    assert report.stop
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_a_steps_batches_are_dealt_each_to_one_rank(ranks):
+    for count in range(1, 10):
+        group = [f"batch {k}" for k in range(count)]
+        dealt = [train.deal(group, rank, ranks) for rank in range(ranks)]
+        assert {len(part) for part in dealt} == {-(-count // ranks)}
+        # In turn: what ranks compute at one moment stands side by side in the group.
+        turns = [turn for moment in zip(*dealt) for turn in moment]
+        assert [batch for batch, counts in turns if counts] == group
+        along = [batch for batch, counts in turns if not counts]
+        assert along == [group[0]] * (-count % ranks)
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():
-    model = lens.build("nano")
-    dead = set(model.unread())
-    for name, p in model.named_parameters():
-        p.requires_grad_(name not in dead)
-    adamw, muon = train.make_optimizers(model, train.STAGES["nano"][1])
-    taken = [{id(p) for group in o.param_groups for p in group["params"]} for o in (adamw, muon)]
-    named = {name: id(p) for name, p in model.named_parameters() if p.requires_grad}
-    assert not taken[0] & taken[1] and taken[0] | taken[1] == set(named.values())
-    for name in ("transformer_blocks.0.attn.img_qkv.weight", "transformer_blocks.1.img_mlp.w2.weight"):
-        assert named[name] in taken[1]
-    for name in ("img_in.weight", "proj_out.weight", "transformer_blocks.0.img_mod.1.weight", "transformer_blocks.0.attn.norm_q.weight"):
-        assert named[name] in taken[0]
-    assert len(train.make_optimizers(model, train.STAGES["full"][1])) == 1                      # the paper's AdamW for all
+    model = let_learn(lens.build("nano"))
+    optimizers = train.make_optimizers(model, train.STAGES["nano", 1])
+    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.AdamW, torch.optim.Muon]
+    of_adamw, of_muon = (parameters_of(optimizer) for optimizer in optimizers)
+
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert not of_adamw & of_muon
+    assert of_adamw | of_muon == set(named.values())
+    for name in ("transformer_blocks.0.attn.img_qkv.weight",
+                 "transformer_blocks.1.img_mlp.w2.weight"):
+        assert named[name] in of_muon
+    for name in ("img_in.weight", "proj_out.weight", "transformer_blocks.0.img_mod.1.weight",
+                 "transformer_blocks.0.attn.norm_q.weight"):
+        assert named[name] in of_adamw
+
+
+def parameters_of(optimizer):
+    return {p for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_the_papers_stages_have_adamw_for_all():
+    model = let_learn(lens.build("nano"))
+    adamw, = train.make_optimizers(model, train.STAGES["full", 1])
+    assert parameters_of(adamw) == {p for p in model.parameters() if p.requires_grad}
+    assert adamw.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("size, grid, length, rank", [
+    ("nano", (4, 6), 7, 0),
+    ("toy", (6, 6), 30, 0),
+    ("small", (16, 16), 100, 0),
+    ("small", (16, 16), 100, 8),
+])
+def test_flops_are_those_that_torch_counts(size, grid, length, rank):
+    """But for the gradients of what enters the first layers, which autograd skips; the softmax of
+    attention is not counted on either side."""
+    config = lens.SIZES[size].transformer
+    with torch.device("meta"):
+        model = lens.LensTransformer(config).train()
+    model = let_learn(model.to_empty(device="cpu"))
+    if rank:
+        add_lora(model, rank, rank)
+
+    tokens = grid[0] * grid[1]
+    x = torch.randn(2, tokens, config.in_channels)
+    text = [torch.randn(2, length, config.enc_hidden_dim) for _ in config.selected_layer_index]
+    batch = data.Batch(np.arange(2), 0, grid, text, mask=None, tokens=x)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        losses = train.flow_matching_loss(model, batch, torch.randn_like(x), torch.rand(2))
+        losses.mean().backward()
+    expected = 2 * train.flops(model, tokens, length)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.05)
+
+
+# --- What learns ----------------------------------------------------------------------------------
+
+def test_the_average_shares_what_is_frozen_and_has_its_own_of_what_learns(tmp_path):
+    for lora in (0, 4):
+        learner = train.make_learner(
+            Run(tmp_path), lens.build("nano"), train.STAGES["nano", 1], lora=lora)
+        averaged = dict(learner.ema.named_parameters())
+        for name, p in learner.denoiser.named_parameters():
+            assert (averaged[name] is p) is (not p.requires_grad), name
+            assert not averaged[name].requires_grad or not p.requires_grad
+        assert learner.trained().keys() == learner.averaged().keys()
+        assert len(learner.trained()) > 10
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+def test_a_copy_of_a_learner_that_recomputes_runs_its_own_blocks(how, tmp_path):
+    """Its blocks once ran the original's, whose method hung on them."""
+    learner = train.make_learner(
+        Run(tmp_path), random_model(), train.STAGES["nano", 1], recompute=how)
+    twin, other = copy.deepcopy(learner.denoiser), let_learn(random_model(seed=5))
+    twin.load_state_dict(other.state_dict())
+
+    batch, t = random_batch([0, 1]), torch.rand(2)
+    noise = torch.randn(batch.tokens.shape)
+    losses = train.flow_matching_loss(twin, batch, noise, t)
+    expected = train.flow_matching_loss(other, batch, noise, t)
+    torch.testing.assert_close(losses, expected)
+    original = train.flow_matching_loss(learner.denoiser, batch, noise, t)
+    assert not torch.allclose(losses, original, rtol=1e-2)
+
+    losses.mean().backward()
+    expected.mean().backward()
+    for p, q in zip(twin.parameters(), other.parameters()):
+        if q.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad)
+    assert all(p.grad is None for p in learner.denoiser.parameters())
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("how", ("none", "selective", "full"))
-def test_the_memory_account_is_what_the_allocator_gives(how):
-    """--dry-run's activations and fixed part against the bytes that PyTorch's allocator hands out in a real step, on the toy."""
-    size, count, grid, length = "toy", 8, (6, 6), 24
-    config, measured = lens.SIZES[size].transformer, {}
-    tokens, text = torch.randn(count, 36, config.in_channels), [torch.randn(count, length, config.enc_hidden_dim) for _ in config.selected_layer_index]
-    mask, t = torch.ones(count, length, dtype=torch.bool), torch.rand(count)
-    lens.rope_table(grid, length, tuple(config.axes_dims_rope), torch.device("cpu"))           # kept from step to step, so not the step's
-
-    @contextlib.contextmanager
-    def allocated(name):
-        gc.collect()           # an earlier test's model, held by a cycle, would else be freed at any time and counted as ours: once 22 MB below zero
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            yield
-        measured[name] = sum(event.self_cpu_memory_usage for event in profile.events())
-    with allocated("weights"):
-        model = lens.build(size).train()
-    dead = set(model.unread())
-    for name, p in model.named_parameters():
-        p.requires_grad_(name not in dead)
-    train.set_recompute(model, how)
-    with allocated("average"):
-        average = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
-    optimizers = train.make_optimizers(model, train.Stage((512,), (24,), 1, 1e-4))
-    with allocated("activations"):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = train.flow_matching_loss(model, tokens, text, mask, grid, tokens, t).mean()
-    loss.backward()
-    with allocated("moments"):
-        optimizers[0].step()
-    total, learnt = sum(p.numel() for p in average.parameters()), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    for name, account in {"weights": 4 * total, "average": 4 * learnt, "moments": 8 * learnt, "activations": train.activations(config, how, count, grid, length)}.items():
-        assert abs(measured[name] / account - 1) < 0.05, (name, measured[name], account)
-
-
 def test_compiled_blocks_compute_what_plain_ones_do():
-    """--compile: one dynamic program must serve every size and text length, values and gradients."""
-    plain = lens.build("nano").train()
-    with torch.no_grad():
-        for p in plain.parameters():                           # an adaLN-zero start would compare zeros
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    """One dynamic program must serve every size and text length, values and gradients."""
+    plain = random_model().train()
     fast = copy.deepcopy(plain)
-    for block in fast.transformer_blocks:
-        block.compile(dynamic=True)
+    compile_blocks(fast, fullgraph=False)
     assert fast.state_dict().keys() == plain.state_dict().keys()
+
     for grid, length in (((4, 6), 5), ((3, 3), 7)):
-        x, t, text = torch.randn(2, grid[0] * grid[1], 16), torch.rand(2), [torch.randn(2, length, 32) for _ in range(2)]
-        mask = torch.arange(length)[None] < torch.tensor([[length], [2]])
-        a, b = (m(x, t, text, mask, grid) for m in (plain, fast))
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5) and a.abs().mean() > 0.01
-        a.square().mean().backward()
-        b.square().mean().backward()
+        batch, t = random_batch([0, 1], grid, length), torch.rand(2)
+        batch.mask[1, 2:] = False
+        one, other = (model(batch.tokens, t, batch.text, batch.mask, grid)
+                      for model in (plain, fast))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        assert one.abs().mean() > 0.01
+        one.square().mean().backward()
+        other.square().mean().backward()
     for (name, p), q in zip(plain.named_parameters(), fast.parameters()):
-        assert p.grad is None and q.grad is None or torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5), name
+        if p.grad is None:
+            assert q.grad is None, name
+        else:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_training_learns_and_resumes_bit_for_bit(parts, tmp_path, monkeypatch, capsys):
-    command = ["--size", "nano", "--parts", str(parts), "--steps", "8", "--save-every", "3", "--preview-every", "0", "--device", "cpu"]
-    steady(monkeypatch)
-    train.main([*command, "--out", str(tmp_path / "whole")])
-    losses = [r["loss"] for r in rows(tmp_path / "whole")]
-    assert [r["step"] for r in rows(tmp_path / "whole")] == list(range(1, 17))          # stage 1, then stage 2
+# --- Runs -----------------------------------------------------------------------------------------
+
+def test_training_learns_and_its_folder_can_be_sampled_from(nano, tmp_path):
+    nano(tmp_path, "--steps", "8")
+    assert column(tmp_path, "step") == list(range(1, 17))
+    assert column(tmp_path, "stage") == [1] * 8 + [2] * 8
+    losses = column(tmp_path, "loss")
     assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    assert all(len(by_t) == 4 for by_t in column(tmp_path, "loss_by_t"))
+    assert (tmp_path / "curves.svg").exists()
 
-    class Killed(Exception): pass
-    step, count = train.flow_matching_loss, [0]
-    def dies(*a):                                              # in the middle of stage 2, after steps that no checkpoint holds
-        count[0] += 1
-        if count[0] == 13:
-            raise Killed
-        return step(*a)
-    monkeypatch.setattr(train, "flow_matching_loss", dies)
-    with pytest.raises(Killed):
-        train.main([*command, "--out", str(tmp_path / "halves")])
-    monkeypatch.setattr(train, "flow_matching_loss", step)
-    train.main([*command, "--out", str(tmp_path / "halves")])
-    assert "resuming" in capsys.readouterr().out
-    one, two = weights(tmp_path / "whole"), weights(tmp_path / "halves")
-    assert all(torch.equal(one[k], two[k]) for k in one)
-    strip = lambda folder: [{k: v for k, v in r.items() if k not in ("seconds", "pictures_per_s", "tflops", "peak_share", "wait_s")} for r in rows(folder)]
-    assert strip(tmp_path / "whole") == strip(tmp_path / "halves")
-    notes = lens.read_metadata(tmp_path / "whole")
-    assert {"command", "seed", "steps", "guidance", "words"} <= notes.keys()
-    pictures = sample.generate("a red circle", weights=tmp_path / "whole", height=48, width=48, steps=2)       # parts come from --parts, by `base`
+    notes = read_metadata(tmp_path)
+    assert {"command", "seed", "steps", "guidance", "words", "score"} <= notes.keys()
+    assert notes["base"] == "96"
+    assert notes["trained_steps"] == "16"
+    # The autoencoder and the text encoder come from --parts.
+    pictures = sample.generate("a red circle", weights=tmp_path, height=48, width=48, steps=2)
     assert pictures[0].size == (48, 48)
 
 
-def test_attention_is_picked_for_training_kept_by_a_resume_and_told(parts, tmp_path, monkeypatch, capsys):
-    command = ["--size", "nano", "--stage", "2", "--parts", str(parts), "--save-every", "1", "--preview-every", "0", "--device", "cpu", "--out", str(tmp_path)]
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputing_learns_the_same(how, nano, tmp_path):
+    flags = ["--stage", "1", "--steps", "3"]
+    nano(tmp_path / "kept", *flags)
+    nano(tmp_path / "again", *flags, "--recompute", how)
+    losses = column(tmp_path / "again", "loss")
+    assert losses == pytest.approx(column(tmp_path / "kept", "loss"), rel=1e-5)
+    one, other = weights(tmp_path / "kept"), weights(tmp_path / "again")
+    for name, w in one.items():
+        torch.testing.assert_close(w, other[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_attention_is_picked_for_training_kept_by_a_resume_and_told(
+        nano, tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(sample, "pick_attention", lambda device, dtype, config, tokens, learns: asked.append((tokens, learns)) or ("math", "slow clock"))
-    train.main([*command, "--steps", "1"])
-    assert asked == [(36 + 40, True)] and "math attention (slow clock)" in capsys.readouterr().out
-    assert torch.backends.cuda.math_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled()
-    monkeypatch.setattr(sample, "pick_attention", lambda *a, **k: ("flash", "fast clock"))
-    train.main([*command, "--steps", "2"])
-    assert "math attention" in capsys.readouterr().out and not torch.backends.cuda.flash_sdp_enabled()
-    assert json.loads((tmp_path / "state-00000002" / "notes.json").read_text())["attention"] == "math"
+
+    def slow_clock(device, dtype, config, tokens, learns):
+        asked.append((tokens, learns))
+        return "math", "slow clock"
+
+    def fast_clock(*_):
+        return "flash", "fast clock"
+
+    flags = ["--stage", "2", "--save-every", "1"]
+    monkeypatch.setattr(kit.run, "fastest_attention", slow_clock)
+    nano(tmp_path, *flags, "--steps", "1")
+    assert asked == [(36 + 40, True)]              # of a square of the largest area, and its text
+    assert "math attention (slow clock)" in capsys.readouterr().out
+    assert torch.backends.cuda.math_sdp_enabled()
+    assert not torch.backends.cuda.flash_sdp_enabled()
+
+    monkeypatch.setattr(kit.run, "fastest_attention", fast_clock)
+    nano(tmp_path, *flags, "--steps", "2")
+    assert "math attention" in capsys.readouterr().out
+    assert not torch.backends.cuda.flash_sdp_enabled()
+    assert newest_state(tmp_path).name == "state-00000002"
+    assert kept_progress(tmp_path)["attention"] == "math"
 
 
-def torchrun(ranks, script, command, timeout=300):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), script, *command], check=True,
-                          timeout=timeout, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}).stdout
+def spoil_losses(monkeypatch, factors):
+    """Multiplies the losses of some steps. factors: {step, counted from 1: factor}"""
+    original, steps = train.losses_of, itertools.count(1)
+
+    def spoilt(*inputs):
+        losses, label_losses = original(*inputs)
+        return losses * factors.get(next(steps), 1.0), label_losses
+
+    monkeypatch.setattr(train, "losses_of", spoilt)
 
 
-def steady_script(folder, first=""):
-    """train.py but for the choices of precision and attention, which a clock makes; `first`: a line of Python before it begins."""
+def test_a_bad_step_is_left_out_and_counted(nano, tmp_path, monkeypatch):
+    spoil_losses(monkeypatch, {4: float("nan"), 6: 1e3})
+    nano(tmp_path, "--stage", "1", "--steps", "8")
+    losses = column(tmp_path, "loss")
+    assert [step for step, loss in enumerate(losses, 1) if loss is None] == [4, 6]
+    assert column(tmp_path, "skipped") == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert all(w.isfinite().all() for w in weights(tmp_path).values())
+
+
+def test_many_bad_steps_in_a_row_end_the_run(nano, tmp_path, monkeypatch):
+    spoil_losses(monkeypatch, dict.fromkeys(range(5, 99), float("inf")))
+    with pytest.raises(LensError, match=r"10 steps in a row .* \(step 14\)"):
+        nano(tmp_path, "--stage", "1", "--steps", "40", "--save-every", "3")
+    kept = kept_progress(tmp_path)
+    assert kept["total"] == 12
+    assert kept["skipped_in_a_row"] == 8
+    assert all(w.isfinite().all() for w in weights(tmp_path).values())
+
+
+def test_previews_and_scores_come_when_they_are_due(nano, tmp_path, monkeypatch):
+    """Every second step, and after the last."""
+    asked = []
+
+    def evaluate(pipeline, height, width, steps, guidance, per_task, progress):
+        asked.append((height, width, guidance, per_task))
+        return {"overall": 0.5}, None, None
+
+    monkeypatch.setattr(sample, "evaluate", evaluate)
+    monkeypatch.setattr(sample, "STEPS", 2)
+    nano(tmp_path, "--stage", "1", "--steps", "3", "--preview-every", "2", "--eval-every", "2")
+    assert [row.get("overall") for row in rows(tmp_path)] == [None, 0.5, 0.5]
+    assert asked == [(64, 64, train.TOY_GUIDANCE, 20)] * 2
+    previews = sorted(path.name for path in tmp_path.glob("preview-*.png"))
+    assert previews == ["preview-000002.png", "preview-000003.png"]
+    assert json.loads(read_metadata(tmp_path)["score"]) == {"overall": 0.5}
+
+
+def test_what_is_exported_is_what_was_scored(parts, tmp_path, monkeypatch):
+    """The shipped file: matrices of the blocks in fp8 with a scale, the rest bf16; read back, the
+    very weights that the score is of."""
+    model, scored = random_model(), {}
+    notes = {"base": 64, "steps": 2, "guidance": 3.0, "words": "[]"}
+    save_pipeline(tmp_path / "run", model, metadata=notes,
+                  base=os.path.relpath(parts, tmp_path / "run"))
+
+    def evaluate(pipeline, height, width, steps, guidance):
+        for name, w in pipeline[0].state_dict().items():
+            scored[name] = w.clone()
+        return {"overall": 0.5, "at": [height, width, steps, guidance]}, None, None
+
+    monkeypatch.setattr(sample, "evaluate", evaluate)
+    train.main(["--size", "nano", "--device", "cpu", "--out", str(tmp_path / "run"),
+                "--parts", str(parts), "--export", str(tmp_path / "small")])
+
+    notes = read_metadata(tmp_path / "small")
+    assert json.loads(notes["score"]) == {"overall": 0.5, "at": [64, 64, 2, 3.0]}
+    exported = weights(tmp_path / "small")
+    assert exported.keys() == scored.keys()
+    for name, w in exported.items():
+        assert torch.equal(w.float(), scored[name]), name
+
+    with open_safetensors(tmp_path / "small" / "transformer" / WEIGHT_NAMES[0]) as f:
+        kinds = {name: f.get_tensor(name).dtype for name in f.keys()}
+    exact = model.state_dict()
+    matrices = {name for name, w in exact.items()
+                if name.startswith("transformer_blocks") and w.ndim == 2}
+    fp8 = {name for name, kind in kinds.items() if kind == torch.float8_e4m3fn}
+    assert fp8 == matrices
+    assert {kinds[name] for name in kinds.keys() - fp8} == {torch.bfloat16}
+
+    for name in exact.keys() - matrices:
+        assert torch.equal(scored[name], exact[name].bfloat16().float()), name
+    for name in matrices:
+        # Half of e4m3's last bit, or of its smallest step.
+        size = exact[name].abs()
+        allowed = 0.0665 * size + size.max() / 448 * 2**-9 * 2
+        assert ((scored[name] - exact[name]).abs() <= allowed).all(), name
+
+
+# --- Ranks ----------------------------------------------------------------------------------------
+
+# A DDP that exchanges gradients in many small buckets.
+SMALL_BUCKETS = """
+class SmallBuckets(train.DistributedDataParallel):
+    def __init__(self, module):
+        super().__init__(module, bucket_cap_mb=0.001)
+
+train.DistributedDataParallel = SmallBuckets
+"""
+
+
+def torchrun(ranks, folder, flags, before=""):
+    """train.py with these flags on so many ranks, over gloo; before: lines of Python that run
+    first."""
     script = folder / "ranks.py"
-    script.write_text(STEADY + f"import functools, sys, train\n{first}\ntrain.main(sys.argv[1:])\n")
-    return script
+    script.write_text(f"{STEADY_SCRIPT}\nimport sys\nimport train\n{before}\n"
+                      "train.main(sys.argv[1:])\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", str(ranks), str(script), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("ranks, how", [(2, ["--fsdp"]), (4, [])])
-def test_ranks_learn_what_one_process_learns(parts, tmp_path, monkeypatch, capsys, ranks, how):
-    """torchrun over gloo, DDP and FSDP2, against one process that takes as many device batches a step; some batches are smaller
-    than others, and the last step of an epoch leaves a rank with nothing to do. What the ranks saved, one process goes on from."""
-    command = ["--size", "nano", "--parts", str(parts), "--save-every", "100", "--preview-every", "0", "--device", "cpu", "--batch", "5,3"]
-    torchrun(ranks, steady_script(tmp_path), [*command, *how, "--steps", "6", "--out", tmp_path / "many"])
-    steady(monkeypatch)
-    train.main([*command, "--accumulate", str(ranks), "--steps", "6", "--out", str(tmp_path / "one")])
-    one, many = rows(tmp_path / "one"), rows(tmp_path / "many")
-    assert [r["step"] for r in many] == list(range(1, 13))
-    for a, b in zip(one, many):
-        assert a["size"] == b["size"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "many")
-    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-5) for k in a)
-    train.main([*command, "--accumulate", str(ranks), "--steps", "8", "--out", str(tmp_path / "one")])
-    train.main([*command, "--accumulate", str(ranks), "--steps", "8", "--out", str(tmp_path / "many")])
-    assert "at step 12" in capsys.readouterr().out and [r["step"] for r in rows(tmp_path / "many")] == list(range(1, 15))
-    assert rows(tmp_path / "one")[-1]["loss"] == pytest.approx(rows(tmp_path / "many")[-1]["loss"], rel=1e-4)
+@pytest.mark.parametrize("ranks, how", [(2, ["--fsdp"]), (4, [])], ids=["fsdp-2", "ddp-4"])
+def test_ranks_learn_what_one_process_learns(ranks, how, parts, nano, tmp_path, capsys):
+    """Against one process that takes as many device batches a step. Some batches are smaller than
+    others, and the last step of an epoch leaves a rank with nothing to do. What the ranks saved,
+    one process goes on from."""
+    flags = ["--save-every", "100", "--batch", "5,3"]
+    alone = [*flags, "--accumulate", str(ranks)]
+    one, many = tmp_path / "one", tmp_path / "many"
+    torchrun(ranks, tmp_path, nano_flags(parts, many, *flags, *how, "--steps", "6"))
+    nano(one, *alone, "--steps", "6")
+
+    assert column(many, "step") == list(range(1, 13))
+    assert column(many, "size") == column(one, "size")
+    assert column(many, "loss") == pytest.approx(column(one, "loss"), rel=1e-5)
+    assert column(many, "grad_norm") == pytest.approx(column(one, "grad_norm"), rel=1e-4)
+    assert_near(weights(one), weights(many))
+
+    for out in (one, many):
+        nano(out, *alone, "--steps", "8")
+    assert capsys.readouterr().out.count("at step 12") == 2
+    assert column(many, "step") == list(range(1, 15))
+    assert rows(many)[-1]["loss"] == pytest.approx(rows(one)[-1]["loss"], rel=1e-4)
 
 
-def test_ranks_that_share_their_weights_train_the_adapter_that_one_process_trains(parts, tmp_path, monkeypatch):
-    command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--save-every", "100", "--preview-every", "0", "--device", "cpu", "--batch", "4", "--steps", "5"]
-    steady(monkeypatch)
-    train.main([*command, "--out", str(tmp_path / "base")])
-    command += ["--init", str(tmp_path / "base"), "--lora", "4"]
-    torchrun(2, steady_script(tmp_path), [*command, "--fsdp", "--out", tmp_path / "many"])
-    train.main([*command, "--accumulate", "2", "--out", str(tmp_path / "one")])
-    base, one, many = (lens.load_transformer(tmp_path / "base") for _ in range(3))
-    lens.load_lora(one, tmp_path / "one"), lens.load_lora(many, tmp_path / "many")
-    moved = {k: (w - base.state_dict()[k]).abs().max() for k, w in one.state_dict().items() if not torch.equal(w, base.state_dict()[k])}
-    assert len(moved) > 10 and all(torch.allclose(w, many.state_dict()[k], atol=1e-2 * moved.get(k, 0) + 1e-9) for k, w in one.state_dict().items())
+def assert_near(one, other):
+    assert one.keys() == other.keys()
+    for name, w in one.items():
+        torch.testing.assert_close(w, other[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_ranks_take_compiled_blocks(parts, tmp_path, monkeypatch):
-    """--compile under torchrun. Left to itself PyTorch cuts a compiled block where a bucket of DDP's gradients is full, and fails on the cut:
-    the toy's blocks are larger than its first bucket of 1 MiB, nano's than buckets of 1 KB."""
-    command = ["--size", "nano", "--stage", "1", "--steps", "3", "--parts", str(parts), "--preview-every", "0", "--device", "cpu", "--batch", "4"]
-    small = "torch.nn.parallel.DistributedDataParallel = functools.partial(torch.nn.parallel.DistributedDataParallel, bucket_cap_mb=0.001)"
-    torchrun(2, steady_script(tmp_path, small), [*command, "--compile", "--out", tmp_path / "many"])
-    steady(monkeypatch)
-    train.main([*command, "--accumulate", "2", "--out", str(tmp_path / "one")])
-    losses = [[r["loss"] for r in rows(tmp_path / name)] for name in ("many", "one")]
-    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+def test_ranks_that_share_their_weights_train_the_adapter_that_one_process_trains(
+        parts, nano, tmp_path):
+    flags = ["--stage", "1", "--save-every", "100", "--batch", "4", "--steps", "5"]
+    base, one, many = tmp_path / "base", tmp_path / "one", tmp_path / "many"
+    nano(base, *flags)
+    flags += ["--init", str(base), "--lora", "4"]
+    torchrun(2, tmp_path, nano_flags(parts, many, *flags, "--fsdp"))
+    nano(one, *flags, "--accumulate", "2")
+
+    before = weights(base)
+    by_one, by_many = merged(base, one), merged(base, many)
+    moved = 0
+    for name, w in by_one.items():
+        change = (w - before[name]).abs().max().item()
+        moved += change > 0
+        torch.testing.assert_close(w, by_many[name], rtol=0, atol=1e-2 * change + 1e-9, msg=name)
+    assert moved > 10
 
 
-def test_sigterm_saves_and_ends_well(parts, tmp_path, monkeypatch, capsys):
-    command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--steps", "8", "--preview-every", "0", "--out", str(tmp_path), "--device", "cpu"]
-    step, count = train.flow_matching_loss, [0]
-    steady(monkeypatch)
-    def notified(*a):
-        count[0] += 1
-        if count[0] == 5:
-            signal.raise_signal(signal.SIGTERM)
-        return step(*a)
-    monkeypatch.setattr(train, "flow_matching_loss", notified)
-    with pytest.raises(SystemExit) as done:
-        train.main(command)
-    assert done.value.code == 0 and "step 5" in capsys.readouterr().out
-    train.main(command)
-    assert "at step 5" in capsys.readouterr().out and [r["step"] for r in rows(tmp_path)] == list(range(1, 9))
+def merged(base, adapter):
+    """The weights in `base` with an adapter merged into them."""
+    model = load_transformer(base)
+    merge_lora(model, adapter)
+    return model.state_dict()
 
 
-def test_a_bad_step_is_left_out_and_counted_and_many_end_the_run(parts, tmp_path, monkeypatch):
-    command = ["--size", "nano", "--stage", "1", "--parts", str(parts), "--preview-every", "0", "--save-every", "3", "--device", "cpu"]
-    step, count, bad = train.flow_matching_loss, [0], {4: float("nan"), 6: 1e3}
-    steady(monkeypatch)
-    def sometimes(*a):
-        count[0] += 1
-        return step(*a) * bad.get(count[0], 1.0)
-    monkeypatch.setattr(train, "flow_matching_loss", sometimes)
-    train.main([*command, "--steps", "8", "--out", str(tmp_path / "two")])
-    found = rows(tmp_path / "two")
-    assert [r["step"] for r in found if r["loss"] is None] == [4, 6] and found[-1]["skipped"] == 2
-    assert all(v.isfinite().all() for v in weights(tmp_path / "two").values())
-    assert all(len(r["loss_by_t"]) == 4 for r in found)
-    bad.update({k: float("inf") for k in range(count[0] + 5, count[0] + 99)})
-    with pytest.raises(lens.LensError, match="in a row"):
-        train.main([*command, "--steps", "40", "--out", str(tmp_path / "many")])
-    notes = json.loads((train.checkpoints(tmp_path / "many")[-1] / "notes.json").read_text())
-    assert notes["total"] == 12 and notes["in_a_row"] < train.PATIENCE and all(v.isfinite().all() for v in weights(tmp_path / "many").values())
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_ranks_take_compiled_blocks(parts, nano, tmp_path):
+    """Left to itself PyTorch cuts a compiled block where a bucket of DDP's gradients is full, and
+    fails on the cut: the toy's blocks are larger than its first bucket of 1 MiB, nano's than
+    buckets of 1 KB."""
+    flags = ["--stage", "1", "--steps", "3", "--batch", "4"]
+    many, one = tmp_path / "many", tmp_path / "one"
+    torchrun(2, tmp_path, nano_flags(parts, many, *flags, "--compile"), SMALL_BUCKETS)
+    nano(one, *flags, "--accumulate", "2")
+    assert len(rows(many)) == 3
+    assert column(many, "loss") == pytest.approx(column(one, "loss"), rel=1e-4)
 
 
-def test_text_stage_resumes_bit_for_bit(tmp_path, monkeypatch):
-    """On one thread: with two on a busy machine, the experts' sums come in either order, and differ by a rounding."""
-    command = ["--stage", "text", "--size", "nano", "--save-every", "3", "--steps", "6", "--out"]
-    class Killed(Exception): pass
-    def dies(step, *a):
-        if step == 5:
-            raise Killed
-        return schedule(step, *a)
-    schedule, threads = train.schedule, torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        train.main([*command, str(tmp_path / "whole")])
-        monkeypatch.setattr(train, "schedule", dies)
-        with pytest.raises(Killed):
-            train.main([*command, str(tmp_path / "halves")])
-        monkeypatch.setattr(train, "schedule", schedule)
-        train.main([*command, str(tmp_path / "halves")])
-    finally:
-        torch.set_num_threads(threads)
-    one, two = (lens.load_pipeline(tmp_path / f, parts=("text_encoder",))[2].model.state_dict() for f in ("whole", "halves"))
-    assert all(torch.equal(one[k], two[k]) for k in one)
+# --- Mistakes -------------------------------------------------------------------------------------
 
-
-def test_the_toy_chat_template_says_what_lens_renders(parts):
-    tokenizer = lens.load_pipeline(parts, parts=("text_encoder",))[2].tokenizer
-    head, tail = lens.CHAT["gpt_oss"]
-    messages = [dict(role="developer", content=lens.DESCRIBE), dict(role="user", content="a red circle"),
-                dict(role="assistant", thinking=tail.split("<|message|>")[1].split("<|end|>")[0], content="")]
-    said = tokenizer.apply_chat_template(messages, tokenize=False, current_date=lens.DATE)
-    assert said == head.replace("{date}", lens.DATE) + "a red circle" + tail
-    assert tokenizer.decode(tokenizer("a red circle above a star", add_special_tokens=False)["input_ids"]).strip() == "a red circle above a star"
-    assert len(tokenizer("a red circle", add_special_tokens=False)["input_ids"]) == 3
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["--size", "huge"], "unknown size"), (["--size", "full"], "shards"), (["--steps", "0"], "--steps"), (["--steps", "x"], "--steps"),
-    (["--parts", "{tmp}/none"], "no weights"), (["--out", "{tmp}/file/run"], "cannot write"),
+@pytest.mark.parametrize("flags, words", [
+    (["--size", "huge"], "--size: invalid choice: 'huge'"),
+    (["--size", "full"], "name the shards to train on"),
+    (["--size", "full", "--data", __file__], "not the one that size full works with"),
+    (["--data", "/nowhere/*.tar"], "no file matches"),
+    (["--steps", "0"], "--steps"),
+    (["--steps", "x"], "--steps"),
+    (["--accumulate", "0"], "at least 1"),
+    (["--batch", "4"], "for the areas 64, 96, 128"),
+    (["--batch", "4,0,4"], "--batch: must be numbers of at least 1"),
+    (["--batch", "4,x,4"], "--batch"),
+    (["--lora", "4"], "name them with --init"),
+    (["--fsdp"], "torchrun"),
+    (["--parts", "{tmp}/none"], "no weights"),
+    (["--init", "{tmp}/none"], "no weights"),
+    (["--out", "{tmp}/file/run"], "cannot write"),
 ])
-def test_bad_input_is_one_clear_line(arguments, words, tmp_path, capsys):
+def test_bad_input_is_one_clear_line(flags, words, tmp_path, capsys, monkeypatch):
+    def build(*_):
+        pytest.fail("a model was built before the mistake was found")
+
+    monkeypatch.setattr(lens, "build", build)
     (tmp_path / "file").write_text("")
-    arguments = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
-    with pytest.raises(SystemExit) as e:
-        sample.run(lambda: train.main(["--out", str(tmp_path / "run"), *arguments]))
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and len([l for l in err.splitlines() if l.startswith("error: ")]) == 1 and words in err
+    flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
+    out = ["--device", "cpu", "--out", str(tmp_path / "run")]
+    assert words in error_line(train.main, [*out, *flags], capsys)
+
+
+def test_weights_of_another_size_are_no_start(parts, tmp_path, capsys):
+    toy = str(ROOT / "weights" / "toy")
+    flags = nano_flags(parts, tmp_path, "--init", toy)
+    assert "its weights are not of size nano" in error_line(train.main, flags, capsys)

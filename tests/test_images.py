@@ -1,0 +1,181 @@
+"""Pictures of every kind come out right, bad ones are named, and sheets and notes are whole."""
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from shards import encoded, photo, png_of
+
+from kit.images import (
+    Fault,
+    contact_sheet,
+    from_pil,
+    read_picture,
+    save_png,
+    to_images,
+    to_pil,
+)
+
+ORIENTATION = 0x0112
+
+
+def largest_difference(a, b):
+    return np.abs(np.asarray(a, int) - np.asarray(b, int)).max()
+
+
+# --- Pixels and tensors ---------------------------------------------------------------------------
+
+def test_pixels_are_truncated_and_clamped():
+    x = torch.full((1, 3, 2, 2), (200.9 / 127.5) - 1)
+    assert np.asarray(to_pil(x)[0]).max() == 200
+    assert np.asarray(to_pil(3 * x)[0]).max() == 255
+    assert np.asarray(to_pil(x - 9)[0]).max() == 0
+
+
+def test_a_picture_survives_the_way_to_a_tensor_and_back():
+    pixels = torch.randint(0, 256, (2, 16, 32, 3), dtype=torch.uint8)
+    images = to_images(pixels)
+    assert images.shape == (2, 3, 16, 32)
+    assert images.dtype == torch.float32
+    assert -1 <= images.min() and images.max() <= 1
+
+    back = to_pil(images + 1e-4)                   # truncation must not meet 199.99999
+    assert largest_difference(np.stack(back), pixels) == 0
+    assert torch.equal(from_pil(back), images)
+
+
+# --- Picture files --------------------------------------------------------------------------------
+
+def test_every_mode_comes_out_as_rgb():
+    plain = photo(1, 48, 32)
+    for mode in ("RGB", "L", "1"):
+        image = plain.convert(mode)
+        assert largest_difference(read_picture(encoded(image)), image.convert("RGB")) == 0
+
+    palette = plain.quantize(16)
+    assert largest_difference(read_picture(encoded(palette)), palette.convert("RGB")) == 0
+
+    cmyk = plain.convert("CMYK")
+    assert largest_difference(read_picture(encoded(cmyk, "TIFF")), plain) <= 2
+
+
+def test_16_bits_are_scaled_not_clipped():
+    grey = photo(1, 48, 32).convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    assert largest_difference(read_picture(encoded(deep)), grey.convert("RGB")) == 0
+
+
+def test_transparency_is_laid_on_white():
+    clear = photo(1, 48, 32).convert("RGBA")
+    clear.putalpha(0)
+    assert (np.asarray(read_picture(encoded(clear))) == 255).all()
+
+    black = np.zeros((8, 8, 3), np.uint8)
+    half = Image.fromarray(np.dstack([black, np.full((8, 8), 128, np.uint8)]))
+    assert largest_difference(read_picture(encoded(half)), 127) <= 1
+
+    palette = Image.fromarray(black).quantize(8)
+    found = read_picture(encoded(palette, transparency=0))
+    assert found.mode == "RGB"
+    assert (np.asarray(found) == 255).all()
+
+
+def test_a_picture_is_upright_as_viewers_show_it():
+    plain = photo(1, 48, 32)
+    turned = Image.Transpose
+    shown = {
+        1: plain,
+        2: plain.transpose(turned.FLIP_LEFT_RIGHT),
+        3: plain.transpose(turned.ROTATE_180),
+        4: plain.transpose(turned.FLIP_TOP_BOTTOM),
+        5: plain.transpose(turned.TRANSPOSE),
+        6: plain.transpose(turned.ROTATE_270),
+        7: plain.transpose(turned.TRANSVERSE),
+        8: plain.transpose(turned.ROTATE_90),
+    }
+    for orientation, expected in shown.items():
+        exif = Image.Exif()
+        exif[ORIENTATION] = orientation
+        found = read_picture(encoded(plain, exif=exif))
+        assert found.size == expected.size, orientation
+        assert largest_difference(found, expected) == 0, orientation
+
+
+@pytest.mark.parametrize("size", [(128, 128), (96, 192), (192, 96), (64, 96)])
+def test_a_crop_keeps_proportions_and_the_reduced_decoding_hardly_differs(size):
+    height, width = size
+    blob = encoded(photo(2, 1200, 800), "JPEG", quality=95)
+    found = read_picture(blob, size, where=(0.0, 1.0))
+    assert found.size == (width, height)
+
+    # What hangs over is cut off on the right and at the top.
+    across = min(1200, 800 * width / height)
+    down = min(800, 1200 * height / width)
+    box = (0, 800 - down, across, 800)
+    whole = Image.open(io.BytesIO(blob)).convert("RGB")
+    plain = whole.resize((width, height), Image.LANCZOS, box=box)
+    assert np.abs(np.asarray(found, int) - np.asarray(plain, int)).mean() < 3
+
+
+def test_a_crop_is_of_what_one_sees():
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6                          # stored on its side
+    blob = encoded(photo(2, 1200, 800), "JPEG", exif=exif)
+    found = read_picture(blob, (300, 200))
+    assert found.size == (200, 300)
+    upright = read_picture(blob).resize((200, 300), Image.LANCZOS)
+    assert np.abs(np.asarray(found, int) - np.asarray(upright, int)).mean() < 3
+
+
+@pytest.mark.parametrize("blob", [
+    b"",
+    b"\0" * 4000,
+    b"this is not a picture",
+    encoded(photo(3))[:400],
+    encoded(photo(4), "JPEG")[:900],
+    png_of(0, 10),
+], ids=["empty", "zeros", "text", "torn png", "torn jpeg", "no pixels"])
+def test_a_broken_picture_is_called_so(blob):
+    for size in (None, (64, 64)):
+        with pytest.raises(Fault, match="^broken picture$"):
+            read_picture(blob, size)
+
+
+@pytest.mark.parametrize("width, height", [(2**14, 2**13 + 1), (60_000, 60_000)])
+def test_a_picture_that_claims_too_many_pixels_is_refused(width, height):
+    with pytest.raises(Fault, match="^too many pixels$"):
+        read_picture(png_of(width, height), (64, 64))
+
+
+# --- Pictures for people --------------------------------------------------------------------------
+
+def test_a_contact_sheet_holds_every_picture_whole():
+    pictures = [photo(i, 30 + i, 20 + i) for i in range(5)]
+    sheet = contact_sheet(pictures, columns=3)
+    assert sheet.size == (3 * (34 + 4) - 4, 2 * (24 + 4) - 4)
+    for k, picture in enumerate(pictures):
+        left, top = k % 3 * 38, k // 3 * 28
+        cell = sheet.crop((left, top, left + picture.width, top + picture.height))
+        assert largest_difference(cell, picture) == 0
+
+    assert contact_sheet(pictures).size == sheet.size             # 5 pictures: 3 columns, 2 rows
+
+
+def test_a_contact_sheet_of_no_pictures_is_a_small_empty_one():
+    sheet = contact_sheet([])
+    assert sheet.size == (128, 128)
+    assert (np.asarray(sheet) == 255).all()
+    assert contact_sheet([], columns=6).height == 128
+
+
+def test_a_png_carries_its_notes(tmp_path):
+    path = tmp_path / "new" / "picture.png"
+    save_png(photo(5), path, {"prompt": "a café, 猫", "seed": 7})
+    found = Image.open(path)
+    assert found.text == {"prompt": "a café, 猫", "seed": "7"}
+    assert largest_difference(found, photo(5)) == 0
+    assert list(path.parent.iterdir()) == [path]                  # nothing is left beside it
+
+    save_png(photo(6), path)
+    assert Image.open(path).text == {}
