@@ -658,7 +658,7 @@ def train_stage(run, stage, source, learner, progress, output, log, notice, accu
     pictures = stage.pictures(source.sizes)
     peak = matmul_peak(run.device, torch.bfloat16 if run.bf16 else torch.float32)
     trained, averaged = learner.trained().values(), learner.averaged().values()
-    faults = data.FaultCount()
+    faults = data.FaultCount(progress.replaced, progress.pictures)
 
     def plan(epoch):
         number = epoch_number(progress.stage, epoch)

@@ -57,7 +57,9 @@ class Parser(argparse.ArgumentParser):
     commands that stand in the script's docstring."""
 
     def __init__(self, description, doc=""):
-        commands = [line for line in doc.splitlines() if re.match(r" {4}(python|torchrun) ", line)]
+        # A command, with the lines that it goes on in behind a backslash.
+        command = re.compile(r"^ {4}(?:python|torchrun) (?:.*\\\n)*.*$", re.MULTILINE)
+        commands = command.findall(doc)
         super().__init__(description=description, epilog="\n".join(commands),
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 

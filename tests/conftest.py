@@ -1,7 +1,7 @@
-"""What several tests share: a folder of nano parts, a chat server, steady choices, and how to read a run's folder."""
+"""What several tests share: a folder of nano parts, a chat server, steady choices, and how to read
+a run's folder."""
 import json
 import os
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,17 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import kit.files
+import kit.run
+import lens
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = Path(__file__).resolve().parent / "goldens"
-sys.path.insert(0, str(ROOT))
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
-import kit.files                # noqa: E402  (the path above comes first)
-import kit.run                  # noqa: E402
-import lens                     # noqa: E402
 
-
-# --- Steady choices: tests that compare numbers must not depend on a clock -------------------------
+# --- Steady choices: tests that compare numbers must not depend on a clock ------------------------
 
 def fixed_dtype(*_):
     return torch.float32, "tests compare numbers"
@@ -53,7 +52,7 @@ def every_attention_kernel():
     kit.run.use_attention()
 
 
-# --- Models ----------------------------------------------------------------------------------------
+# --- Models ---------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
@@ -68,7 +67,8 @@ def parts(tmp_path_factory):
 
 
 def random_model(size="nano", seed=0):
-    """Every weight random: as initialised, gates and output are zero, and any test of the output would pass."""
+    """Every weight random: as initialised, gates and output are zero, and any test of the output
+    would pass."""
     model = lens.build(size, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -82,10 +82,11 @@ def relative(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-# --- Runs ------------------------------------------------------------------------------------------
+# --- Runs -----------------------------------------------------------------------------------------
 
 # What a clock fills in: left out where two runs are compared.
-TIMED = {"seconds", "pictures_per_s", "tflops", "peak_share", "wait_s", "sample_s", "judge_wait_s", "train_s"}
+TIMED = {"seconds", "pictures_per_s", "tflops", "peak_share", "wait_s", "sample_s",
+         "judge_wait_s", "train_s"}
 
 
 def rows(folder):
@@ -94,7 +95,9 @@ def rows(folder):
 
 
 def untimed_rows(folder):
-    return [{name: value for name, value in row.items() if name not in TIMED} for row in rows(folder)]
+    """The same without what a clock fills in."""
+    return [{name: value for name, value in row.items() if name not in TIMED}
+            for row in rows(folder)]
 
 
 def error_line(main, argv, capsys):
@@ -108,11 +111,12 @@ def error_line(main, argv, capsys):
     return errors[0]
 
 
-# --- A chat server ---------------------------------------------------------------------------------
+# --- A chat server --------------------------------------------------------------------------------
 
 class Chat(BaseHTTPRequestHandler):
-    """An OpenAI-compatible endpoint that answers call k with entry k of `server.script`, over and over.
-    An entry is text, raw bytes, a status, a (status, headers) pair, "hang", "die", or a function of the request."""
+    """An OpenAI-compatible endpoint that answers call k with entry k of `server.script`, over and
+    over. An entry is text, raw bytes, a status, a (status, headers) pair, "hang", "die", or a
+    function of the request."""
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -32,7 +32,7 @@ from kit.checkpoint import (
 )
 from kit.files import LensError, open_safetensors
 from kit.lora import add_lora, merge_lora
-from kit.run import Run, compile_blocks, generator
+from kit.run import Run, compile_blocks
 from kit.state import kept_progress, newest_state
 from toy.dataset import label_head, label_loss, label_sizes
 

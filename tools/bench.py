@@ -21,7 +21,8 @@ Pictures go from features to pixels, those of the toy from the prompt on. Weight
 the toy's. `tflops` is our work over our seconds; `peak_share` is that over what a large matrix
 product reaches on the same machine (`matmul_tflops`, measured before). `peak_memory_gib` is our
 path's on a GPU, the whole process's on a CPU. `difference` is the length of our tokens less the
-naive ones, over the length of these. What was measured with it: docs/speed.md.
+naive ones, over the length of these; it tells something of the toy, where text matters, and little
+of random weights. What was measured with all this: docs/speed.md.
 """
 import copy
 import json
@@ -206,6 +207,7 @@ def compile_for(model, vae=None, mode=None, fullgraph=True):
     if mode is None:
         compile_blocks(model, vae, fullgraph)
         return
+    torch._dynamo.config.recompile_limit = 64      # a program for each shape of each case
     for block in model.transformer_blocks:
         block.compile(fullgraph=fullgraph, dynamic=False, mode=mode)
     if vae is not None:
@@ -502,8 +504,8 @@ def main(argv=None):
     add("--steps", type=positive, default=sample.STEPS, help="of the sampler")
     add("--fp8", action="store_true", help="sample: a second line a case, with 8-bit matrices")
     add("--full", action="store_true", help="sample: every case, not a few")
-    add("--recompute", default="none", choices=("none", "selective", "full"),
-        help="train: activations to compute again, to save memory")
+    add("--recompute", choices=("none", "selective", "full"),
+        help="train: activations to compute again (default: none; selective at full size)")
     args = parser.parse_args(argv)
 
     require(args.size is None or args.size in lens.SIZES,
@@ -518,7 +520,8 @@ def main(argv=None):
             bench_pictures(size, device, args.dtype, args.steps, args.full, fp8=args.fp8,
                            compiled=compiled, mode=args.compile_mode)
         else:
-            bench_training(size, device, args.dtype, recompute=args.recompute, compiled=compiled,
+            recompute = args.recompute or ("selective" if size == "full" else "none")
+            bench_training(size, device, args.dtype, recompute=recompute, compiled=compiled,
                            mode=args.compile_mode)
 
 

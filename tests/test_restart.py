@@ -1,0 +1,479 @@
+"""Runs of train.py that end at any moment, in the middle of saving too, and go on; and what may not
+go on in the same folder."""
+import copy
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, STEADY_SCRIPT, error_line, fixed_attention, fixed_dtype, rows
+from conftest import untimed_rows as log_of
+from shards import make_shards, spoil
+
+import data
+import kit.run
+import lens
+import train
+from kit.checkpoint import load_transformer, save_pipeline
+from kit.files import LensError, read_json, write_json
+from kit.lora import add_lora, merge_lora, save_lora
+from kit.state import newest_state
+
+
+@pytest.fixture(scope="module", autouse=True)
+def keep_sigterm():
+    """A run takes notice of SIGTERM, and the tests run it in their own process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """The pattern of tars with 40 scenes."""
+    return make_shards(tmp_path_factory.mktemp("shards"), 40)
+
+
+@pytest.fixture(scope="module")
+def on_world(parts):
+    """Flags of a short run on the toy world."""
+    return ["--size", "nano", "--device", "cpu", "--preview-every", "0", "--parts", str(parts),
+            "--stage", "1", "--steps", "8"]
+
+
+@pytest.fixture(scope="module")
+def on_shards(parts, shards):
+    """Flags of a run on shards, over a few epochs."""
+    return ["--size", "nano", "--device", "cpu", "--preview-every", "0", "--parts", str(parts),
+            "--stage", "2", "--steps", "24", "--save-every", "4", "--batch", "5,3",
+            "--data", shards]
+
+
+def train_in(out, flags, *more):
+    train.main([*flags, *more, "--out", str(out)])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(on_shards, tmp_path_factory):
+    """The folder of a run on shards that nobody killed. Tests read it, and leave it as it is."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kit.run, "fastest_dtype", fixed_dtype)
+        patch.setattr(kit.run, "fastest_attention", fixed_attention)
+        train_in(out, on_shards, "--workers", "0")
+    return out
+
+
+@pytest.fixture
+def finished(undisturbed, tmp_path):
+    """A copy of it, to go on with."""
+    return shutil.copytree(undisturbed, tmp_path / "finished")
+
+
+def assert_same_run(out, expected):
+    """Every number that no clock fills, and every weight, to the bit."""
+    assert log_of(out) == log_of(expected)
+    one = load_transformer(out).state_dict()
+    other = load_transformer(expected).state_dict()
+    assert one.keys() == other.keys()
+    for name, w in one.items():
+        assert torch.equal(w, other[name]), name
+
+
+def steps_of(out):
+    return [row["step"] for row in rows(out)]
+
+
+# --- A run that is killed -------------------------------------------------------------------------
+
+class Killed(Exception):
+    pass
+
+
+def before_loss(patch, call, act):
+    """Has act() called before the call-th loss of a run, counted from 1."""
+    original, calls = train.flow_matching_loss, itertools.count(1)
+
+    def loss(*inputs):
+        if next(calls) == call:
+            act()
+        return original(*inputs)
+
+    patch.setattr(train, "flow_matching_loss", loss)
+
+
+def test_a_run_on_the_world_goes_on_to_the_bit(on_world, tmp_path, steady, monkeypatch, capsys):
+    """Killed in the middle of stage 2, after steps that no checkpoint holds."""
+    flags = [*on_world, "--stage", "all", "--save-every", "3"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train_in(whole, flags)
+    assert steps_of(whole) == list(range(1, 17))   # stage 1, then stage 2
+
+    def die():
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        before_loss(patch, 13, die)
+        with pytest.raises(Killed):
+            train_in(halves, flags)
+    train_in(halves, flags)
+    said = f"resuming {halves} at step 11 (stage 2, step 3)"
+    assert said in capsys.readouterr().out
+    assert_same_run(halves, whole)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(flags) runs train.py in a process and a group of its own."""
+    script = tmp_path / "run.py"
+    script.write_text(f"{STEADY_SCRIPT}\nimport sys\nimport train\ntrain.main(sys.argv[1:])\n")
+    threads = str(torch.get_num_threads())         # with as many, sums come in the same order
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
+    started = []
+
+    def popen(flags):
+        process = subprocess.Popen(
+            [sys.executable, str(script), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=environment, start_new_session=True)
+        started.append(process)
+        return process
+
+    yield popen
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def wait_for_step(process, out, step):
+    """Returns once the log of a running process has so many steps."""
+    log = out / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < step:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_a_run_that_is_killed_goes_on_to_the_bit(workers, on_shards, undisturbed, tmp_path, start):
+    """SIGKILL twice, at steps that no checkpoint holds, over an epoch's end."""
+    out = tmp_path / "out"
+    flags = [*on_shards, "--workers", str(workers), "--out", str(out)]
+    for step in (6, 15):
+        process = start(flags)
+        wait_for_step(process, out, step)
+        process.kill()
+        process.communicate()
+        assert newest_state(out) is not None
+    last = start(flags)
+    said, complaint = last.communicate()
+    assert last.returncode == 0, complaint[-3000:]
+    assert f"resuming {out} at step " in said
+    assert_same_run(out, undisturbed)
+
+
+def test_a_torn_last_line_of_the_log_does_not_block_a_resume(
+        on_world, tmp_path, steady, monkeypatch):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    train_in(whole, on_world, "--save-every", "3")
+    train_in(torn, on_world, "--save-every", "3", "--steps", "8")
+    shutil.rmtree(torn)
+
+    def die():
+        with open(torn / "metrics.jsonl", "a") as log:
+            log.write('{"step": 5, "stage": 1, "lo')
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        before_loss(patch, 5, die)
+        with pytest.raises(Killed):
+            train_in(torn, on_world, "--save-every", "3")
+    train_in(torn, on_world, "--save-every", "3")
+    assert_same_run(torn, whole)
+
+
+# --- A run that gets notice -----------------------------------------------------------------------
+
+def test_sigterm_saves_and_ends_well(on_world, tmp_path, steady, monkeypatch, capsys):
+    def notify():
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        before_loss(patch, 5, notify)
+        with pytest.raises(SystemExit) as ended:
+            train_in(tmp_path, on_world)
+    assert ended.value.code == 0
+    assert f"SIGTERM: saved {tmp_path} at step 5" in capsys.readouterr().out
+    assert newest_state(tmp_path).name == "state-00000005"
+    assert (tmp_path / "curves.svg").exists()
+
+    train_in(tmp_path, on_world)
+    assert "at step 5" in capsys.readouterr().out
+    assert steps_of(tmp_path) == list(range(1, 9))
+
+
+def test_sigterm_to_a_whole_group_saves_and_the_run_goes_on_to_the_bit(
+        on_shards, undisturbed, tmp_path, start):
+    """A cluster sends it to every process: a worker that dies of it takes the trainer down."""
+    out = tmp_path / "out"
+    flags = [*on_shards, "--workers", "2", "--out", str(out)]
+    process = start(flags)
+    wait_for_step(process, out, 6)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, complaint = process.communicate()
+    assert process.returncode == 0, complaint[-3000:]
+    assert f"SIGTERM: saved {out} at step {steps_of(out)[-1]}" in said
+    assert newest_state(out).name == f"state-{steps_of(out)[-1]:08d}"
+
+    last = start(flags)
+    _, complaint = last.communicate()
+    assert last.returncode == 0, complaint[-3000:]
+    assert_same_run(out, undisturbed)
+
+
+# --- Killed while it saves ------------------------------------------------------------------------
+
+# A child saves without end, each time numbers that all equal the step's, and is killed; what is
+# there must be of one step. Then the disk is full.
+SAVE_WITHOUT_END = STEADY_SCRIPT + """
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import lens
+import train
+from kit.checkpoint import load_transformer
+from kit.files import LensError
+from kit.run import Run
+from kit.state import load_state, make_moments, named_tensors, newest_state
+
+out, parts = Path(sys.argv[1]), sys.argv[2]
+run, stage = Run(out), train.STAGES["nano", 2]
+learner = train.make_learner(run, lens.build("nano"), stage)
+output = train.Output(parts, None, None, guidance=3.0, settings={})
+make_moments(learner.optimizers)
+
+
+def tensors():
+    return named_tensors(learner.groups(), learner.optimizers).values()
+
+
+def save(step):
+    for t in tensors():
+        t.fill_(step)
+    train.save(run, stage, learner, train.Progress(total=step), output, [])
+
+
+def loaded_step():
+    progress = load_state(run, learner.groups(), learner.optimizers, {})
+    step = progress["total"]
+    assert all((t == step).all() for t in tensors()), step
+    return step
+
+
+random.seed(0)
+last, loaded = 0, 0
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        for step in range(last + 1, last + 10_000):
+            save(step)
+    time.sleep(random.uniform(0.05, 0.4))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+    if newest_state(out):
+        step = loaded_step()
+        assert step >= last, (step, last)
+        last, loaded = step, loaded + 1
+    if (out / "model_index.json").exists():
+        weights = load_transformer(out).state_dict().values()
+        assert len({number for w in weights for number in w.unique().tolist()}) == 1
+print("loaded", loaded)
+print("last", last)
+
+limit = 100_000                                    # bytes: no file can be longer
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+try:
+    save(last + 1)
+except LensError as error:
+    print("error", error)
+print("still", loaded_step())
+"""
+
+
+def test_killed_while_saving_twenty_times_the_newest_state_is_whole(parts, tmp_path):
+    script = tmp_path / "save.py"
+    script.write_text(SAVE_WITHOUT_END)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "out"), str(parts)], capture_output=True,
+        text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert int(said["loaded"]) >= 15
+    assert int(said["last"]) >= 5
+    # A full disk is one line, and the state before it stays.
+    assert said["error"].startswith("cannot write")
+    assert said["still"] == said["last"]
+
+
+# --- What may not go on in the same folder --------------------------------------------------------
+
+@pytest.mark.parametrize("change, words", [
+    (["--seed", "7"], "--seed 0, not 7"),
+    (["--init", "{toy}"], "--init None, not {toy}"),
+    (["--init", "{toy}", "--lora", "4"], "--lora 0, not 4"),
+    (["--size", "toy", "--batch", "2,2,2"], "--size nano, not toy"),
+])
+def test_another_run_in_the_same_folder_is_one_clear_line(
+        change, words, on_shards, finished, capsys, monkeypatch):
+    def load(*_, **__):
+        pytest.fail("models were loaded before the mistake was found")
+
+    monkeypatch.setattr(train, "load_pipeline", load)
+    toy = str(ROOT / "weights" / "toy")
+    change = [word.replace("{toy}", toy) for word in change]
+    before = (finished / "metrics.jsonl").read_text()
+    line = error_line(train.main, [*on_shards, *change, "--out", str(finished)], capsys)
+    assert f"{finished} holds another run" in line
+    assert words.replace("{toy}", toy) in line
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_the_toy_world_does_not_go_on_with_shards(on_shards, on_world, finished, capsys):
+    line = error_line(train.main, [*on_world, "--out", str(finished)], capsys)
+    assert "--data shards, not the toy world" in line
+
+
+@pytest.fixture
+def folder_of_weights(tmp_path):
+    save_pipeline(tmp_path / "whole", lens.build("nano"))
+    return tmp_path / "whole"
+
+
+@pytest.fixture
+def folder_of_an_adapter(tmp_path):
+    model = lens.build("nano")
+    add_lora(model, 2, 2)
+    save_lora(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_is_not_trained_into_a_folder_of_whole_weights(
+        on_world, folder_of_weights, capsys):
+    """Who loads the folder would get both."""
+    flags = [*on_world, "--lora", "4", "--init", str(folder_of_weights)]
+    line = error_line(train.main, [*flags, "--out", str(folder_of_weights)], capsys)
+    assert f"{folder_of_weights} holds a whole checkpoint" in line
+    assert not (folder_of_weights / "adapter_model.safetensors").exists()
+
+
+def test_whole_weights_are_not_trained_into_a_folder_of_an_adapter(
+        on_world, folder_of_an_adapter, capsys):
+    line = error_line(train.main, [*on_world, "--out", str(folder_of_an_adapter)], capsys)
+    assert f"{folder_of_an_adapter} holds an adapter" in line
+    assert not (folder_of_an_adapter / "transformer").exists()
+
+
+# --- Shards ---------------------------------------------------------------------------------------
+
+def other_shards(flags, pattern):
+    """The flags with the other pattern after --data."""
+    k = flags.index("--data")
+    return [*flags[:k], "--data", pattern, *flags[k + 2:]]
+
+
+def test_other_shards_are_refused(on_shards, finished, tmp_path, steady):
+    flags = other_shards(on_shards, make_shards(tmp_path / "other", 24, seed=9))
+    with pytest.raises(LensError, match="not those that the run"):
+        train_in(finished, flags, "--steps", "30", "--workers", "0")
+
+
+def test_spoilt_samples_are_replaced_named_and_counted(on_shards, tmp_path, steady, capsys):
+    """24 samples in batches of 5 and 3: six steps are an epoch and a bit."""
+    pattern = make_shards(tmp_path / "other", 24, seed=9)
+    spoil(data.Shards(pattern, data.buckets(64) + data.buckets(96)), 3)
+    train_in(tmp_path / "run", other_shards(on_shards, pattern), "--steps", "6", "--workers", "1")
+    assert rows(tmp_path / "run")[-1]["replaced"] >= 1
+    assert "sample 3: broken picture" in capsys.readouterr().err
+
+
+def test_the_count_of_spoilt_samples_goes_on_with_the_run(on_shards, finished, shards, steady):
+    """One in a hundred may be, and a hundred more: over the whole run, not since its last start."""
+    notes = newest_state(finished) / "notes.json"
+    kept = read_json(notes)
+    kept["progress"]["replaced"] = 101 + round(0.01 * kept["progress"]["pictures"])
+    write_json(notes, kept)
+    with pytest.raises(LensError, match="more than one in a hundred"):
+        train_in(finished, on_shards, "--steps", "30", "--workers", "0")
+
+
+def test_cached_latents_train_as_pictures_do(on_shards, shards, parts, tmp_path, steady):
+    """The same samples in the same order, but for the crop."""
+    data.main(["cache", "--data", shards, "--bases", "64,96", "--weights", str(parts),
+               "--out", str(tmp_path / "latents")])
+    flags = other_shards(on_shards, str(tmp_path / "latents" / "*.tar"))
+    train_in(tmp_path / "run", flags, "--workers", "0")
+    assert steps_of(tmp_path / "run") == list(range(1, 25))
+    assert np.isfinite([row["loss"] for row in rows(tmp_path / "run")]).all()
+
+    toy = ["--size", "toy", "--batch", "2,2,2", "--parts", str(ROOT / "weights" / "toy")]
+    with pytest.raises(LensError, match="another autoencoder"):
+        train_in(tmp_path / "toy", flags, *toy, "--workers", "1")
+
+
+# --- Adapters -------------------------------------------------------------------------------------
+
+def test_lora_trains_an_adapter_and_nothing_else_and_goes_on_to_the_bit(
+        on_shards, undisturbed, tmp_path, steady, monkeypatch):
+    flags = [*on_shards, "--init", str(undisturbed), "--lora", "4", "--steps", "6",
+             "--workers", "0"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train_in(whole, flags)
+    base = load_transformer(undisturbed)
+    tuned = copy.deepcopy(base)
+    assert merge_lora(tuned, whole) > 4
+    before, after = base.state_dict(), tuned.state_dict()
+    changed = [name for name, w in before.items() if not torch.equal(w, after[name])]
+    assert changed
+    assert all(name.endswith("weight") for name in changed)
+    assert not (whole / "transformer").exists()
+
+    # The state holds no copy of the base: it has the adapter four times.
+    kept = sum(file.stat().st_size for file in newest_state(whole).rglob("*") if file.is_file())
+    assert kept < 4 * sum(4 * w.numel() for w in before.values())
+
+    def die():
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        before_loss(patch, 6, die)                 # the state is of step 4
+        with pytest.raises(Killed):
+            train_in(halves, flags)
+    train_in(halves, flags)
+    assert log_of(halves) == log_of(whole)
+    again = copy.deepcopy(base)
+    merge_lora(again, halves)
+    for name, w in again.state_dict().items():
+        assert torch.equal(w, after[name]), name
+
+
+def test_the_state_of_a_run_says_what_it_is(undisturbed):
+    notes = json.loads((newest_state(undisturbed) / "notes.json").read_text())
+    assert notes["settings"] == {
+        "--size": "nano", "--seed": 0, "--init": None, "--lora": 0, "--data": "shards"}
+    assert notes["progress"]["total"] == 24
+    assert notes["progress"]["attention"] == "flash"
+    assert not notes["progress"]["bf16"]
