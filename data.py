@@ -12,15 +12,15 @@ and gives each a bucket, a (height, width) of its own proportions. `plan` deals 
 batches of one bucket each. A `Source` turns planned batches into what the denoiser learns from:
 tokens of the autoencoder, features of the text encoder.
 
-Every random choice comes from a generator made from (seed, epoch, sample): a sample depends neither
-on the batch size nor on the number of workers, nor on where a run was resumed.
+A picture's crop and caption come from a generator made from (seed, epoch, sample): they depend
+neither on the batch size nor on the number of workers, nor on where a run was resumed. The order of
+batches comes from (seed, epoch) and the batch size.
 """
 import argparse
 import contextlib
 import functools
 import glob
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -28,7 +28,7 @@ import os
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -83,7 +83,7 @@ def bucket(base, ratio="1:1"):
     """
     target = parse_ratio(ratio)
     if base in PAPER_BUCKETS and ratio in RATIOS:
-        place = RATIOS.index(ratio)
+        place = RATIOS.index(ratio)                # 5 to 8: the table's 3 to 0, turned over
         short, long = PAPER_BUCKETS[base][min(place, 8 - place)]
         return (long, short) if target < 1 else (short, long)
 
@@ -129,8 +129,9 @@ def choose_buckets(height, width, sizes):
     height, width = height[:, None], width[:, None]                   # [n, 1]
     h, w = np.array(sizes).T                                          # [buckets]
 
-    # Three wishes, heaviest first: the picture is not enlarged (2% weigh as much as the next area),
-    # the area is large (rounded: the nine sizes of a paper's area are equal), the ratio is near.
+    # Three wishes in one sum, heaviest first. The picture is not enlarged: each 1% costs 1. The
+    # area is large: twice the side gains 4 (rounded: the nine sizes of a paper's area are equal).
+    # The ratio is near: one that is off by a factor of 2 costs 0.7.
     enlarged = np.log(np.maximum(h / height, w / width)).clip(min=0)  # [n, buckets]
     area = np.round(2 * np.log2(h * w))
     off_ratio = np.abs(np.log(height / width) - np.log(h / w))
@@ -180,14 +181,16 @@ class Batch:
     mask: torch.Tensor            # [B, S] bool, True where a token is visible
     tokens: torch.Tensor = None   # [B, h*w, C] fp32; None: captions alone
     labels: torch.Tensor = None   # [B, h*w, 6], see toy/dataset.py; None: not known
-    faults: list = ()             # one line for each sample that could not be read and was replaced
+    # One line for each sample that could not be read and was replaced.
+    faults: list = field(default_factory=list)
 
 
 class Source(Protocol):
     """What a source of batches offers, as toy/dataset.World, ShardSource and CaptionSource do."""
     sizes: list                   # [(height, width)] pixels of its buckets
     buckets: np.ndarray           # [n] the bucket of each sample
-    digest: str                   # tells data sets apart; None: made here, from the run's seed
+    digest: str                   # tells data sets apart; None: drawn from the run's seed, which
+                                  # a resume compares already
     words: list                   # words that its captions use; [] where nobody counted
     waited: float                 # seconds that the last batch was late
 
@@ -232,9 +235,11 @@ class FaultCount:
 
 # --- Shards ---------------------------------------------------------------------------------------
 
-LATENT = ".latent"           # ending of what `cache` writes in a picture's place: its tokens
+# Ending of what `cache` writes in a picture's place: its tokens, in bf16. The files say "latent",
+# so the word stays, though elsewhere in the code a latent has not been cut into tokens yet.
+LATENT = ".latent"
 
-# What the index knows of a sample, one column each. Members of 0 bytes are not there.
+# What the index knows of a sample, one column each. A member that is missing has 0 bytes.
 COLUMNS = np.dtype([
     ("shard", np.int64),              # number of its tar
     ("picture_offset", np.int64),     # where in the tar, in bytes
@@ -283,17 +288,19 @@ def index_sample(parts):
     if parts[ending].length == 0:
         raise Fault("broken picture")
 
+    # Its size alone is looked for: the .txt need not be read.
     only_json = {name: part for name, part in parts.items() if name == ".json"}
     _, notes = words_of(only_json)
     height, width = notes.get("height"), notes.get("width")
     if not (is_side(height) and is_side(width)):
         width, height = read_picture(read(parts[ending])).size
 
-    row = []
-    for name in (ending, ".json", ".txt"):
-        part = parts.get(name, Part("", 0, 0))
-        row += [part.offset, part.length]
-    return [*row, height, width]
+    row = {"height": height, "width": width}
+    for name, member in (("picture", ending), ("json", ".json"), ("txt", ".txt")):
+        part = parts.get(member, Part("", 0, 0))
+        row[f"{name}_offset"] = part.offset
+        row[f"{name}_bytes"] = part.length
+    return [row[name] for name in COLUMNS.names if name != "shard"]
 
 
 def is_side(number):
@@ -301,7 +308,7 @@ def is_side(number):
 
 
 class Reading(NamedTuple):
-    """What Shards read for a planned batch."""
+    """What Shards read for a planned batch. A DataLoader makes a tensor of the pixels."""
     pixels: np.ndarray        # uint8 [B, H, W, 3]; or a latent's bf16 bits, uint8 [B, h*w * C * 2]
     captions: list            # [B] str
     faults: list              # one line for each sample that was replaced
@@ -316,7 +323,8 @@ class Shards:
     vae_hash  kit.checkpoint.vae_identity of the autoencoder that is used, to know stale latents by;
               None: nobody decodes them
 
-    rows      [n] of COLUMNS: one array, so that workers go on sharing it with the parent
+    rows      [n] of COLUMNS: one array, whose memory workers share with the parent (of a list each
+              would come to hold a copy, as they count references to its members)
     buckets   [n] index into sizes
     lengths   [n] bytes of the captions with their notes: near enough to sort by
     faults    {name: how many samples were left out}
@@ -385,6 +393,7 @@ class Shards:
         return pixels, captions[rng.integers(len(captions))]
 
     def next_in_bucket(self, i):
+        """The first sample of its bucket after i; after the last, the bucket's first."""
         members = np.flatnonzero(self.buckets == self.buckets[i])
         return members[np.searchsorted(members, i + 1) % len(members)]
 
@@ -450,6 +459,8 @@ class ShardSource:
         return self.shards.lengths
 
     def stream(self, planned):
+        # What the loader takes for an index is a PlannedBatch, and what it takes for an item is the
+        # Reading of a whole batch.
         loader = iter(DataLoader(
             ErrorsAsResults(self.shards), batch_size=None, sampler=planned,
             num_workers=self.workers, pin_memory=self.device != "cpu",
@@ -466,16 +477,22 @@ class ShardSource:
             yield Batch(samples, epoch, grid_of(self.sizes[bucket]), text, mask,
                         tokens=tokens, faults=reading.faults)
 
-    @torch.no_grad()
     def encode_pixels(self, pixels):
-        """Pictures, or latents that `cache` wrote, -> tokens [B, h*w, C] fp32 on the device."""
+        """A Reading's pixels as a tensor, pictures or latents that `cache` wrote, -> tokens
+        [B, h*w, C] fp32 on the device."""
         if pixels.ndim == 4:
-            mean, _ = self.vae.encode(to_images(pixels, self.device))
-            return self.vae.to_tokens(mean).float()
+            return encode_pictures(self.vae, pixels, self.device).float()
 
         channels = 4 * self.vae.config["latent_channels"]             # of a token: 2 x 2 folded
         tokens = pixels.view(torch.bfloat16).view(len(pixels), -1, channels)
         return tokens.to(self.device).float()
+
+
+@torch.no_grad()
+def encode_pictures(vae, pixels, device):
+    """uint8 [B, H, W, 3] -> tokens [B, h*w, C] on the device, in the autoencoder's type."""
+    mean, _ = vae.encode(to_images(pixels, device))
+    return vae.to_tokens(mean)
 
 
 class CaptionSource:
@@ -519,25 +536,36 @@ def read_captions(path):
 
 def cache(pattern, sizes, weights, out):
     """Shards again, each picture as the tokens of its centre crop, for sets small enough to keep.
-    What is there already of the same tar, buckets and autoencoder is kept."""
+    What is there already of the same tar, buckets and autoencoder is kept. Pictures that cannot be
+    read are named on stderr, counted, and left out."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae_hash = vae_identity(weights)
     _, vae, _ = load_pipeline(weights, device, torch.float32, parts=("vae",))
     shards = Shards(pattern, sizes)
+    folders = {Path(path).resolve().parent for path in shards.paths}
+    require(Path(out).resolve() not in folders,
+            f"--out {out}: there the pictures are, which would be written over; give another")
     check_writable(out)
 
     fresh = 0
+    faults = []
     for number, path in enumerate(tqdm(shards.paths, "caching", unit="shard")):
         target = Path(out) / Path(path).name
+        # What the latents depend on. Sizes as lists, as JSON gives them back.
         key = [file_hash(path), vae_hash, *map(list, shards.sizes), "centre"]
         if cached_key(target) == key:
             fresh += 1
             continue
 
         members = np.flatnonzero(shards.rows["shard"] == number)
-        latents = encoded(shards, members, vae, device, {"vae_hash": vae_hash, "key": key})
-        replace_file(target, functools.partial(fill_tar, samples=enumerate(latents)))
-    print(f"{out}: {fresh} of {len(shards.paths)} shards were fresh, the others are written")
+        latents = encoded(shards, members, vae, device, vae_hash, key, faults)
+        write = functools.partial(fill_tar, samples=enumerate(latents))
+        replace_file(target, write)                # calls write(path beside the target)
+
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
+    print(f"{out}: {fresh} of {len(shards.paths)} shards were fresh, the others are written; "
+          f"{len(faults)} pictures could not be read")
 
 
 def cached_key(path):
@@ -549,45 +577,40 @@ def cached_key(path):
     return None
 
 
-def encoded(shards, members, vae, device, made_by):
+def encoded(shards, members, vae, device, vae_hash, key, faults):
     """Yields (bytes, ending, notes) of those samples, as `fill_tar` takes them, bucket by bucket.
-
-    made_by  {"vae_hash", "key"}
-    Pictures that cannot be read are left out.
-    """
+    `faults` gets a line for each that cannot be read."""
     for b in np.unique(shards.buckets[members]):
-        size = shards.sizes[b]
+        height, width = size = shards.sizes[b]
         of_bucket = members[shards.buckets[members] == b]
         for begin in range(0, len(of_bucket), 16):
-            readable = read_centres(shards, of_bucket[begin:begin + 16], size)
+            readable = read_centres(shards, of_bucket[begin:begin + 16], size, faults)
             if not readable:
                 continue
-            latents = encode_pictures([image for image, _, _ in readable], vae, device)
-            for latent, (_, captions, notes) in zip(latents, readable, strict=True):
-                height, width = size
+
+            pixels = torch.from_numpy(np.stack([image for image, _, _ in readable]))
+            tokens = encode_pictures(vae, pixels, device)             # [B, h*w, C]
+            bits = tokens.bfloat16().cpu().contiguous().view(torch.uint8).numpy()
+            for latent, (_, captions, notes) in zip(bits, readable, strict=True):
                 yield latent.tobytes(), LATENT, {
                     **notes, "captions": captions, "height": height, "width": width,
-                    "latent": [made_by["vae_hash"], height, width], "key": made_by["key"]}
+                    "latent": [vae_hash, height, width], "key": key}
 
 
-def read_centres(shards, samples, size):
-    """[(PIL image, captions, notes)] of those samples that can be read."""
+def read_centres(shards, samples, size, faults):
+    """[(PIL image, captions, notes)] of those samples that can be read. LensError where they are
+    latents already."""
     found = []
     for i in samples:
-        with contextlib.suppress(Fault):
+        try:
             parts = shards.parts(i)
-            image = read_picture(read(parts["picture"]), size)
-            found.append((image, *words_of(parts)))
+            captions, notes = words_of(parts)
+            require("latent" not in notes,
+                    f"{shards.file_name(i)} holds latents already: give --data the pictures")
+            found.append((read_picture(read(parts["picture"]), size), captions, notes))
+        except (Fault, OSError) as fault:
+            faults.append(f"{shards.file_name(i)}, sample {i}: {fault}")
     return found
-
-
-@torch.no_grad()
-def encode_pictures(images, vae, device):
-    """[PIL] of one size -> tokens as the bits of bf16, uint8 [B, h*w, C * 2]."""
-    pixels = torch.from_numpy(np.stack(images))
-    mean, _ = vae.encode(to_images(pixels, device))
-    tokens = vae.to_tokens(mean).bfloat16().cpu().contiguous()        # [B, h*w, C]
-    return tokens.view(torch.uint8).numpy()
 
 
 # --- Statistics -----------------------------------------------------------------------------------
@@ -604,17 +627,22 @@ def stats(pattern, sizes, out):
 
     one_each = dict.fromkeys(range(len(shards.sizes)), 1)
     planned = plan(shards.buckets, shards.lengths, one_each, seed=0, epoch=0)[:500]
-    readings = time_reading(shards, planned)
+    words, faults, shown = [], [], []
+    begin = time.perf_counter()
+    for batch in tqdm(planned, "decoding"):
+        reading = shards[batch]
+        words += [len(caption.split()) for caption in reading.captions]
+        faults += reading.faults
+        if reading.pixels.ndim == 4 and len(shown) < 24:              # a picture, not a latent
+            shown.append(thumbnail(reading.pixels[0]))
+    speed = len(planned) / (time.perf_counter() - begin)
 
-    words = [len(caption.split()) for reading in readings for caption in reading.captions]
+    print(f"{speed:.1f} samples/s read by one process")
     quantiles = np.quantile(words, (0.05, 0.5, 0.95)).round().astype(int).tolist()
     print(f"words a caption (5%, half, 95%): {quantiles}")
-    for reading in readings:
-        for fault in reading.faults:
-            print(fault)
-
-    shown = [reading.pixels[0] for reading in readings[:24] if reading.pixels.ndim == 4]
-    save_png(contact_sheet([thumbnail(pixels) for pixels in shown], columns=6), out)
+    for fault in faults:
+        print(fault)
+    save_png(contact_sheet(shown, columns=6), out)
 
 
 def thumbnail(pixels):
@@ -623,37 +651,6 @@ def thumbnail(pixels):
     if max(image.size) > 128:
         image = ImageOps.contain(image, (128, 128))
     return image
-
-
-def time_reading(shards, planned):
-    """[Reading] of planned batches of one sample.
-
-    Prints how many pictures a second one process reads as training does, and the plain way: picture
-    by picture in turn, so that both meet the same machine.
-    """
-    readings = []
-    ours, plain = [], []                           # seconds a picture
-    for batch in tqdm(planned, "decoding"):
-        begin = time.perf_counter()
-        readings.append(shards[batch])
-        middle = time.perf_counter()
-
-        # Latents and broken files have no plain way.
-        with contextlib.suppress(OSError, ValueError):
-            read_plainly(shards, batch.samples[0], shards.sizes[batch.bucket])
-            ours.append(middle - begin)
-            plain.append(time.perf_counter() - middle)
-
-    if ours:
-        print(f"{len(ours) / sum(ours):.1f} pictures/s decoded by one process, "
-              f"{sum(plain) / sum(ours):.2f} times as many as by a plain open, convert, resize")
-    return readings
-
-
-def read_plainly(shards, i, size):
-    height, width = size
-    image = Image.open(io.BytesIO(read(shards.parts(i)["picture"])))
-    image.convert("RGB").resize((width, height), Image.LANCZOS)
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -711,6 +708,7 @@ def build_parser():
 
     of_others = parser.add_argument_group("stats, cache")
     of_others.add_argument("--data", metavar="GLOB", help="the shards, say 'shards/*.tar'")
+    # argparse gives a default that is text to the type, as it does with what the user types.
     of_others.add_argument("--bases", type=bases_option, default="512,768,1024", metavar="N,N",
                            help="areas of the buckets: those of the stage that you will train "
                                 "(default %(default)s, as train.py --size full --stage 2; "

@@ -1,8 +1,9 @@
 """distill.py: a teacher of twenty guided steps becomes a student of four plain ones.
 
-Read before: rl.py, this one's sibling, and all that stands before it.
+Read before: rl.py, this one's sibling, and all that stands before it; kit/discriminator.py and
+             kit/players.py.
 Assumes:     a trained teacher (`--teacher`, default weights/toy), which stays frozen. Do reward RL
-             before this: few-step students blur under it.
+             before this: a student of few steps blurs when it is trained by rewards.
 
 The same command again resumes:
 
@@ -28,12 +29,13 @@ student (IDA), so that it never falls far behind.
 
 Where this departs from the paper [ours]: the heads' shape and places, and a logit for each token;
 the fake is trained, and heads judge, at the levels at which DM noises; the approximate R1 takes a
-quarter of a batch, since only it runs in fp32; a running average of the student is what is saved;
-`--lora` trains adapters where the paper trains all weights; the toy has other rates, batches and
-steps (`SETTINGS`), and its student's rate falls to zero over the last half of a run.
+quarter of a batch, since it is slow, being in fp32; a running average of the student is what is
+saved; `--lora` trains adapters where the paper trains all weights; the toy has other rates, batches
+and steps (`SETTINGS`), and its student's rate falls to zero over the last half of a run.
 """
 import argparse
 import copy
+import functools
 import glob
 import json
 import math
@@ -47,7 +49,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -65,9 +67,17 @@ from kit.checkpoint import (
     unsharded,
     vae_identity,
 )
+from kit.discriminator import (
+    R1_NOISE,
+    approximate_r1,
+    judge,
+    logistic,
+    make_heads,
+    teacher_features,
+)
 from kit.files import Parser, not_negative, positive, require, run_command
 from kit.images import contact_sheet, save_png
-from kit.lora import add_lora, lora_layers, save_lora, set_lora
+from kit.players import Players, share_out, trained_weights
 from kit.run import (
     Log,
     Notice,
@@ -75,6 +85,7 @@ from kit.run import (
     choose,
     compile_blocks,
     follow,
+    gathered,
     generator,
     learning_rate_factor,
     pick_device,
@@ -83,6 +94,7 @@ from kit.run import (
     use_attention,
     whole,
 )
+from kit.shrink import shrink
 from kit.state import (
     check_no_other_weights,
     check_same_run,
@@ -98,8 +110,6 @@ STEPS = 4                  # [paper] of the student's sampler
 CRITIC = 4                 # [paper] updates of fake and heads to one of the student
 PULL = 0.1                 # [paper] weight of L_DM + L_CA
 IDA = 0.03                 # [paper] phi <- 0.97 phi + 0.03 theta
-R1_GAMMA = 1.0             # [paper] weight of R1
-R1_NOISE = 0.1             # [paper] how far R1 moves a picture
 R1_SHARE = 0.25            # [ours] share of a batch that R1 looks at
 BETAS = (0.0, 0.9)         # [paper] of AdamW: an adversary's old gradients mislead
 MARGIN = 0.02              # [ours] left out at both ends of the levels: nothing can be learnt there
@@ -125,10 +135,10 @@ SETTINGS = {
         stage=train.Stage(areas=(64, 96), batch=(8, 4), steps=20, lr=1e-4, scenes=(48, 24),
                           shape_odds=train.STAR_ODDS),
         fake_lr=1e-4, heads_lr=1e-3, gan=0.02, guidance=5.0, average=0.9),
-    # [ours] gan: L_DM and L_CA are means over a picture's numbers, so their pull on y shrinks with
-    # the root of how many there are, and that of L_G does not. A toy picture of 96 x 96 has 1,152,
-    # one of 1024 x 1024 524,288: with the paper's 0.001 the heads' pull on the toy was a thousandth
-    # of the other two; times sqrt(524288 / 1152) it stands to them as in the paper.
+    # [ours] gan: L_DM and L_CA are means over the n numbers of a picture, so the length of their
+    # gradient at y goes as 1 / sqrt(n); that of L_G does not depend on n. Of 96 x 96 pixels n is
+    # 1,152, of 1024 x 1024 it is 524,288. With the paper's 0.001 the heads' force on the toy was a
+    # thousandth of the other two; times sqrt(524288 / 1152) it stands to them as in the paper.
     "toy": Settings(
         stage=train.Stage(areas=(64, 96, 128), batch=(32, 32, 24), steps=100, lr=1e-4,
                           scenes=(300, 300, 3_000), shape_odds=train.STAR_ODDS),
@@ -140,11 +150,12 @@ SETTINGS = {
         fake_lr=5e-7, heads_lr=1e-4, gan=0.001, guidance=5.0, average=0.98),
 }
 
-# [ours] An adapter's rates against those of whole weights; at 20 the toy's pictures lost texture.
+# [ours] An adapter's rates are 10 times those of whole weights; at 20 times the toy's pictures lost
+# texture.
 LORA_LR = 10.0
-# [ours] The modulation too: a student meets four times only, and when all weights of the toy were
-# trained, these layers moved three times as far as the others. Without them an adapter of rank 6
-# ended at 0.72 where all weights reached 0.78.
+# [ours] The modulation too: a student meets four noise levels only, and when all weights of the toy
+# were trained, these layers moved three times as far as the others. Without them an adapter of rank
+# 6 ended at 0.72 where all weights reached 0.78.
 LORA_TARGETS = (*kit.lora.LORA_TARGETS, "img_mod.1", "txt_mod.1")
 
 
@@ -168,77 +179,78 @@ def settings_for(size, lora=0, steps=None, lr=None, guidance=None, without=()):
 def shifted(u, levels):
     """u in (0, 1), in which the sampler's steps are evenly spaced, -> noise level t.
 
-    levels  [steps + 1] of the sampler. Its shift t = e^mu / (e^mu + 1/u - 1) multiplies the odds of
-            u by e^mu, and its last level above 0 (u = 1 / steps) tells by how much.
+    levels  [steps + 1] of the sampler, see lens.sigmas. It multiplies odds by a factor:
+            t / (1 - t) = e^mu u / (1 - u).
     """
+    # The last level above 0 stands at u = 1 / steps, whose odds are 1 / (steps - 1).
     steps = len(levels) - 1
     last = levels[-2].item()
-    odds = last / (1 - last) * (steps - 1)
-    return odds * u / (1 - u + odds * u)
+    factor = last / (1 - last) * (steps - 1)                                       # e^mu
+    return factor * u / (1 - u + factor * u)
 
 
 def draw_levels(count, levels, below, rng):
-    """[count] noise levels, evenly drawn in the unshifted variable from 0 to `below`, then shifted.
+    """[count] noise levels: u evenly drawn from 0 to `below`, less a MARGIN of that at both ends,
+    then shifted.
 
-    DM: below = 1, the whole range. CA: below = 1 - k / STEPS, so that tau_CA < t_k, strictly. The
-    decoupled-DMD paper writes time the other way round; ports that copied its sign drew the noisier
-    levels, where guidance overshoots (the mean of the check lands at 6.08 m, not at 1.92 m).
+    DM: below = 1, the whole range. CA: below = 1 - k / STEPS: only levels cleaner than level k, the
+    student's input. The decoupled-DMD paper writes time the other way round; ports that copied its
+    sign drew the noisier levels, where guidance overshoots (see
+    test_where_the_mean_comes_to_rest).
     """
     u = torch.rand(count, generator=rng)
     return shifted(below * (MARGIN + (1 - 2 * MARGIN) * u), levels)
 
 
 @torch.no_grad()
-def simulate(model, noise, text, mask, grid, k):
+def simulate(model, noise, text, mask, grid, levels, k):
     """The first k steps of the student's sampler, so that it learns on states that it will meet.
 
-    noise [B, N, C], text K x [B, S, E], mask [B, S] -> x [B, N, C] fp32 at level k: to the bit what
-    `sample.denoise` has there, with STEPS steps and guidance 1.
+    noise [B, N, C], text K x [B, S, E], mask [B, S], levels [STEPS + 1] -> x [B, N, C] fp32 at
+    level k: what `sample.denoise` has there at guidance 1, and to the bit but under FSDP.
     """
     x = noise.float()
     if k == 0:
         return x
 
-    levels = lens.sigmas(x.shape[1], STEPS).to(x.device)                           # [STEPS + 1]
-    velocity = sampler_velocity(model, text, mask, grid, levels)
+    levels = levels.to(x.device)
+    if isinstance(model, FSDPModule):
+        # FSDP gathers weights when `forward` is called; the sampler's velocity calls other methods.
+        def velocity(x, i):
+            return model(x, levels[i].expand(len(x)), text, mask, grid).float()    # [B, N, C]
+    else:
+        velocity = sample.GuidedVelocity(model, text, mask, None, None, grid, levels, guidance=1.0,
+                                         share=False)
     for i in range(k):
         x = lens.euler_step(x, velocity(x, i), levels[i], levels[i + 1])
     return x
 
 
-def sampler_velocity(model, text, mask, grid, levels):
-    """velocity(x, i) of the sampler; under FSDP, which gathers weights for `forward` alone, a plain
-    one that may round otherwise."""
-    if not isinstance(model, FSDPModule):
-        return sample.GuidedVelocity(model, text, mask, None, None, grid, levels, guidance=1.0,
-                                     share=False)
-
-    def velocity(x, i):
-        return model(x, levels[i].expand(len(x)), text, mask, grid).float()        # [B, N, C]
-
-    return velocity
-
-
 # --- The forces on a prediction y. A gradient here is what is subtracted from y -------------------
+# At a noised x_t a model with velocity v predicts the picture x0 = x_t - t v. So the difference of
+# two predictions is t times that of their velocities, the other way round.
 
 def dm_gradient(v_fake, v_teacher, t):
-    """x0^_phi - x0^_T(cond) at one noised y, from their velocities (x0 = x_t - t v): [B, N, C].
-    Zero where the student is the data. [paper]"""
-    return lens.widen(t, v_teacher) * (v_teacher - v_fake)
+    """x0 of the fake - x0 of the teacher, from their velocities at one noised y: [B, N, C]. Zero
+    where both see the same. [paper]"""
+    return lens.widen(t, v_teacher) * (v_teacher - v_fake)     # (x_t - t v_fake) - (x_t - t v_T)
 
 
 def ca_gradient(v_cond, v_uncond, t, guidance, guide=sample.guide):
-    """-(g - 1)(x0^_T(cond) - x0^_T(uncond)), guided against plain prediction: [B, N, C]. [paper]
+    """x0 of the teacher with its caption - its guided x0: [B, N, C]. [paper]
 
-    By the guidance of the sampler, rescaling and all [ours]: without the rescaling the student
-    learns the burnt-out colours that the teacher's sampler takes care to avoid.
+    In the paper -(g - 1) (x0 with the caption - x0 without). Here by the guidance of the sampler
+    with its rescaling [ours]: else the student learns the burnt-out colours that the teacher's
+    sampler takes care to avoid. guide: for tests, which need it without.
     """
-    return lens.widen(t, v_cond) * (guide(v_cond, v_uncond, guidance) - v_cond)
+    guided = guide(v_cond, v_uncond, guidance)
+    return lens.widen(t, v_cond) * (guided - v_cond)           # (x_t - t v_cond) - (x_t - t guided)
 
 
 def normalised(gradient, y, x0_teacher):
-    """Divided per sample by mean|y - x0^_T|: levels at which the teacher itself is unsure of y
-    count no more than others. Not by the gradient's own size: it would never vanish. [paper]"""
+    """Divided per sample by mean|y - x0 of the teacher|: levels at which the teacher itself is
+    unsure of y count no more than others. Not by the gradient's own size: it would never vanish.
+    [paper]"""
     unsure = (y - x0_teacher).abs().mean((1, 2), keepdim=True)                     # [B, 1, 1]
     return gradient / unsure.clamp_min(1e-5)
 
@@ -250,94 +262,7 @@ def pull(y, gradient):
     return 0.5 * (y - target).square().mean()
 
 
-# --- The discriminator: heads on the frozen teacher's image stream --------------------------------
-
-def places(blocks):
-    """Blocks whose output the heads read: after a third, two thirds and all of them. [ours]"""
-    return sorted({blocks // 3, 2 * blocks // 3, blocks - 1})
-
-
-def make_heads(config, seed):
-    """One head a place, each a logit a token. The last layer starts at zero: no opinion, and no
-    force on the student. [ours]"""
-    width = config.inner_dim
-    hidden = min(256, width)
-    heads = nn.ModuleList()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for _ in places(config.num_layers):
-            heads.append(nn.Sequential(
-                nn.LayerNorm(width),
-                nn.Linear(width, hidden),
-                nn.SiLU(),
-                nn.Linear(hidden, 1)))
-    for head in heads:
-        nn.init.zeros_(head[-1].weight)
-    return heads
-
-
-def teacher_features(teacher, x, t, text, mask, grid):
-    """The image tokens [B, N, W] after each block of `places`."""
-    wanted = places(len(teacher.transformer_blocks))
-    features = []
-
-    def keep(i, img):
-        if i in wanted:
-            features.append(img)
-
-    teacher(x, t, text, mask, grid, on_block=keep)
-    return features
-
-
-def judge(heads, features):
-    """Logits [B, places * N] fp32: high for real."""
-    pairs = zip(heads, features, strict=True)
-    logits = [head(feature.float()).squeeze(-1) for head, feature in pairs]        # [B, N] each
-    return torch.cat(logits, 1)
-
-
-def logistic(real, made):
-    """The heads' loss from their logits on real and on made pictures: 2 log 2 where they know
-    nothing. [paper]"""
-    return F.softplus(-real).mean() + F.softplus(made).mean()
-
-
-def approximate_r1(judged, x, noise):
-    """gamma / 2 |D(x) - D(x + a noise)|^2. [paper]
-
-    For small a the squared length of D's gradient times gamma a^2 / 2, without a second backward
-    pass. judged: x -> logits, in fp32: bf16 cannot hold the difference of two nearly equal numbers.
-    """
-    plain, moved = judged(torch.cat([x, x + R1_NOISE * noise])).chunk(2)
-    return R1_GAMMA / 2 * (plain - moved).square().mean()
-
-
 # --- Who plays ------------------------------------------------------------------------------------
-
-@dataclass
-class Players:
-    """Teacher, student, fake, `ema` (the student's average), and the discriminator's heads.
-
-    With LoRA the four models are one: a base on which each plays with an adapter of its own name,
-    and the teacher with none.
-    """
-    models: dict           # {who: LensTransformer} of "teacher", "student", "fake", "ema"
-    heads: nn.ModuleList   # the discriminator
-    trained: dict          # {who: {name: parameter}} of "student", "fake", "ema", "heads"
-    lora: int = 0          # rank of the adapters; 0: whole models
-
-    def as_(self, who):
-        """The model that plays `who`, until the next call."""
-        model = self.models[who]
-        if self.lora:
-            set_lora(model, None if who == "teacher" else who)
-        return model
-
-    def weights(self, who):
-        """{name: parameter} of what is trained in student, fake and heads, and averaged in ema: in
-        the same order for student, fake and ema."""
-        return self.trained[who]
-
 
 def make_players(base, heads, seed, lora=0, recompute="none", compiled=False, shard_dtype=None):
     """-> Players: student, fake and average all start as the teacher.
@@ -348,62 +273,31 @@ def make_players(base, heads, seed, lora=0, recompute="none", compiled=False, sh
     recompute    see LensTransformer.set_recompute
     shard_dtype  under FSDP the type of products; None: each process holds all weights
     """
-    if lora:
-        models = dict.fromkeys(("teacher", "student", "fake", "ema"), base)
-        for who in ("student", "fake", "ema"):     # one seed: alike, and as the teacher (B is zero)
-            add_lora(base, lora, lora, LORA_TARGETS, who, generator=generator(seed, 1))
-        base.requires_grad_(False)
-        distinct = {"teacher": base}
-    else:
-        base.requires_grad_(False)
-        models = {"teacher": base}
-        for who in ("student", "fake", "ema"):
+    models = {"teacher": base}
+    for who in ("student", "fake", "ema"):
+        if lora:                                   # one seed: alike, and as the teacher (B is zero)
+            kit.lora.add_lora(base, lora, lora, LORA_TARGETS, who, generator(seed, 1))
+            models[who] = base
+        else:
             models[who] = copy.deepcopy(base)
-        distinct = models
 
+    for model in models.values():
+        model.requires_grad_(False)
     for who in ("student", "fake"):
         for p in trained_weights(models[who], who, lora).values():
             p.requires_grad_(True)
 
-    for who, model in distinct.items():
+    for who, model in models.items():              # with LoRA the same four times, to no harm
         model.set_recompute(recompute)
         if compiled:
             compile_blocks(model, fullgraph=False)
         if shard_dtype is not None:
             share_out(model, None if who == "teacher" else shard_dtype)
 
-    # Now, and not when they are asked for: weights that FSDP has gathered go by the same names.
+    # Looked up once, here: after a forward under FSDP, named_parameters may give gathered copies.
     trained = {who: trained_weights(models[who], who, lora) for who in ("student", "fake", "ema")}
     trained["heads"] = dict(heads.named_parameters())
     return Players(models, heads, trained, lora)
-
-
-def trained_weights(model, who, lora):
-    """{name: parameter} of `who`: its adapter, or all that can get a gradient."""
-    if lora:
-        named = {}
-        for name, layer in lora_layers(model, who).items():
-            named[f"{name}.lora_A"] = layer.lora_A[who]
-            named[f"{name}.lora_B"] = layer.lora_B[who]
-        return named
-    dead = set(model.unread())
-    return {name: p for name, p in model.named_parameters() if name not in dead}
-
-
-def share_out(model, dtype):
-    """FSDP: each rank keeps a share of every weight, all models in the same way, so `follow` needs
-    no word from another rank.
-
-    dtype  of products; None: weights are gathered in fp32, as the teacher's must be for R1
-    """
-    policy = MixedPrecisionPolicy()
-    if dtype is not None:
-        # Inputs are left alone: rotary angles must stay fp32.
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
-                                      cast_forward_inputs=False)
-    for block in model.transformer_blocks:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
 
 
 def make_optimizers(players, settings):
@@ -417,8 +311,8 @@ def make_optimizers(players, settings):
 
 
 def descend(run, optimizer):
-    """One step along the mean gradient of all ranks, clipped. -> its norm; a gradient that is not
-    finite touches nothing."""
+    """One step along the mean gradient of all ranks, clipped. -> its norm. Along a gradient that is
+    not finite no step is taken: weights and moments stay."""
     parameters = optimizer.param_groups[0]["params"]
     if run.ranks > 1:
         for p in parameters:
@@ -438,7 +332,8 @@ def descend(run, optimizer):
 
 @dataclass
 class UpdateBatch:
-    """What one update is made of, on the run's device. The first four as in data.Batch."""
+    """What one update is made of, on the run's device. The first four are as in data.Batch, and all
+    of one that train.flow_matching_loss reads."""
     tokens: torch.Tensor   # [B, N, C] real pictures; None: captions alone
     text: list             # K x [B, S, E]
     mask: torch.Tensor     # [B, S]
@@ -481,10 +376,10 @@ def student_prediction(run, players, batch):
     text, mask, grid = batch.text, batch.mask, batch.grid
     t = batch.levels[batch.k].expand(len(batch.noise)).to(run.device)              # [B]
     with run.autocast():
-        x = simulate(student, batch.noise, text, mask, grid, batch.k)              # [B, N, C]
+        x = simulate(student, batch.noise, text, mask, grid, batch.levels, batch.k)
 
-    # A second context: autocast keeps the casts of weights that it made without gradient, and the
-    # weights would get none.
+    # A second context: autocast caches the weights that it casts. Those it cast in `simulate`,
+    # under no_grad, have no gradient, and in the same context they would be taken again.
     with run.autocast():
         v = student(x, t, text, mask, grid).float()                                # [B, N, C]
     return lens.data_prediction(x, v, t)
@@ -518,17 +413,16 @@ def heads_update(run, players, batch, y, optimizer):
                                     text, mask, batch.grid)                        # [2B, N, W] each
     on_real, on_made = judge(heads, features).chunk(2)
 
+    # R1, in fp32: bf16 cannot hold the difference of two nearly equal numbers.
     few = max(1, round(R1_SHARE * len(y)))
-    few_text, few_mask = captions_twice(batch, few)
+    real, t = real[:few], t[:few]
+    moved = real + R1_NOISE * torch.randn(real.shape, generator=batch.rng).to(run.device)
+    text, mask = captions_twice(batch, few)
+    with torch.no_grad():
+        features = teacher_features(teacher, torch.cat([real, moved]), torch.cat([t, t]),
+                                    text, mask, batch.grid)
+    r1 = approximate_r1(*judge(heads, features).chunk(2))
 
-    def judged(x):                                 # [2 few, N, C], in fp32
-        with torch.no_grad():
-            features = teacher_features(teacher, x, t[:few].repeat(2), few_text, few_mask,
-                                        batch.grid)
-        return judge(heads, features)
-
-    noise = torch.randn(real[:few].shape, generator=batch.rng).to(run.device)
-    r1 = approximate_r1(judged, real[:few], noise)
     loss = logistic(on_real, on_made) + r1
     loss.backward()
 
@@ -544,10 +438,11 @@ def captions_twice(batch, count):
 
 
 def student_update(run, players, batch, optimizers, settings):
-    """0.1 (L_DM + L_CA) + 0.001 L_G [paper]. -> what the log tells.
+    """PULL (L_DM + L_CA) + settings.gan L_G. [paper] -> what the log tells.
 
-    The forces are gathered at y, and then go through the student in one backward pass: so each can
-    be measured, and no adapter is switched between a forward pass and its recomputation.
+    The losses' gradients are gathered at y, as a force, which then goes through the student in one
+    backward pass. So each force can be measured; and with LoRA the teacher and the fake have played
+    by then, and blocks that are recomputed backwards find the student's adapter active.
     """
     text, mask, grid = batch.text, batch.mask, batch.grid
     y = student_prediction(run, players, batch)                                    # [B, N, C]
@@ -580,7 +475,7 @@ def student_update(run, players, batch, optimizers, settings):
     if "gan" not in settings.without:
         x, _, t = noised(run, batch, leaf)
         with run.autocast():                       # the gradient flows through the teacher
-            features = teacher_features(teacher, x, t, text, mask, grid)
+            features = teacher_features(players.as_("teacher"), x, t, text, mask, grid)
         gan_loss = F.softplus(-judge(players.heads, features)).mean()
         (from_heads,) = torch.autograd.grad(settings.gan * gan_loss, leaf)
         terms["gan_loss"] = gan_loss.item()
@@ -589,7 +484,7 @@ def student_update(run, players, batch, optimizers, settings):
         loss = loss + settings.gan * gan_loss
         force = force + from_heads
 
-    players.as_("student")                         # a block that is computed again must be its own
+    players.as_("student")
     y.backward(force)
     norm = descend(run, optimizers["student"])
     if "ida" not in settings.without:
@@ -615,8 +510,8 @@ def distillation_step(run, players, batches, optimizers, settings, step):
     for _ in range(CRITIC):
         critic = critic_update(run, players, next(batches), optimizers, settings)
 
-    # The fake catches up with a student that comes to rest: at a constant rate the toy's pictures
-    # grew noisy after a hundred steps.
+    # The student's rate falls to zero, so that the fake can catch up: at a constant rate the toy's
+    # pictures grew noisy after a hundred steps.
     stage = settings.stage
     factor = learning_rate_factor(step, stage.steps, warmup=1) if stage.decay else 1.0
     optimizers["student"].param_groups[0]["lr"] = stage.lr * factor
@@ -653,20 +548,19 @@ class Output:
     same: dict             # {flag: value}, the settings that a resume must share
 
 
-def groups_of(players):
-    """The tensors that a state holds, for kit.state."""
-    return {who: players.weights(who) for who in ("student", "fake", "ema", "heads")}
-
-
 def save(run, players, optimizers, progress, output):
-    """The state to resume from, and the student's average in the released layout, which `sample.py
-    --weights` takes as it is."""
-    save_state(run, progress.step, groups_of(players), optimizers.values(), output.same,
-               asdict(progress))
+    """The student, and the state to resume from: last, so that a run killed in between goes back
+    and writes both again."""
     model = unsharded(run, players.as_("ema"))     # under FSDP gathered on rank 0
-    if run.rank > 0:
-        return
+    if run.rank == 0:
+        write_student(run, model, players.lora, progress, output)
+    save_state(run, progress.step, players.trained, optimizers.values(), output.same,
+               asdict(progress))
 
+
+def write_student(run, model, lora, progress, output):
+    """The student's average in the released layout; with LoRA as an adapter beside the name of its
+    base. sample.py --weights reads either."""
     notes = {
         "command": shlex.join(["python", "distill.py", *sys.argv[1:]]),
         "seed": run.seed,
@@ -680,8 +574,8 @@ def save(run, players, optimizers, progress, output):
         "words": read_metadata(output.folder).get("words", "[]"),
     }
     base = os.path.relpath(output.folder, run.out)
-    if players.lora:       # an adapter beside the name of its base: as good as whole weights
-        save_lora(model, run.out, "ema", notes)
+    if lora:
+        kit.lora.save_lora(model, run.out, "ema", notes)
         save_pipeline(run.out, metadata=notes, base=base)
     else:
         if has_parts(run.out):
@@ -758,14 +652,16 @@ def in_words(scores):
 def planned_batches(run, source, pictures, first, last):
     """This rank's batches of updates first to last - 1, as data.plan has them: an epoch after the
     other, dealt to the ranks in turn. pictures: {bucket: pictures a device}."""
-    batches, epoch, plan = [], None, []
-    length = len(data.plan(source.buckets, source.lengths(0), pictures, run.seed, 0))
+    @functools.lru_cache(maxsize=1)
+    def plan(epoch):
+        return data.plan(source.buckets, source.lengths(epoch), pictures, run.seed, epoch)
+
+    length = len(plan(0))                          # as many in every epoch
+    batches = []
     for update in range(first, last):
-        wanted, place = divmod(update * run.ranks + run.rank, length)
-        if wanted != epoch:
-            epoch = wanted
-            plan = data.plan(source.buckets, source.lengths(epoch), pictures, run.seed, epoch)
-        batches.append(plan[place])
+        number = update * run.ranks + run.rank     # of the batch, over all ranks and epochs
+        epoch, place = divmod(number, length)
+        batches.append(plan(epoch)[place])
     return batches
 
 
@@ -809,8 +705,8 @@ def train_student(run, players, optimizers, source, settings, progress, output, 
         begin = time.perf_counter()
         report, batch = distillation_step(run, players, batches, optimizers, settings,
                                           progress.step)
-        report = mean_over_ranks(run, {**report, "notice": float(notice.given)})
-        stop = report.pop("notice") > 0            # a notice to one rank stops all
+        report = mean_over_ranks(run, report)
+        stop = any(gathered(notice.given))         # a notice to one rank stops all
         progress.step += 1
         progress.seconds += time.perf_counter() - begin
 
@@ -873,6 +769,7 @@ def distill(run, size, teacher, settings, same, schedule, pattern=None, lora=0, 
     dtype = None if size == "full" else torch.float32
     _, vae, encoder = load_pipeline(folder, run.device, dtype, parts=("vae", "text_encoder"))
     output = Output(teacher, folder, vae, encoder, data.bucket(stage.home), same)
+    # Under FSDP no device ever holds a whole model.
     base, _, _ = load_pipeline(folder, "cpu" if fsdp else run.device, torch.float32,
                                parts=("transformer",))
     require(base.config == config, f"--teacher {teacher}: its weights are not of size {size}")
@@ -884,11 +781,17 @@ def distill(run, size, teacher, settings, same, schedule, pattern=None, lora=0, 
                            compiled, shard_dtype)
 
     optimizers = make_optimizers(players, settings)
-    progress = Progress(**load_state(run, groups_of(players), optimizers.values(), same) or {})
-    progress.bf16, progress.attention = run.bf16, run.attention
-    if progress.step > 0:
+    progress = Progress()
+    kept = load_state(run, players.trained, optimizers.values(), same)
+    if kept is not None:
+        progress = Progress(**kept)
         run.say(f"resuming {run.out} at step {progress.step}")
-    introduce(run, size, players, settings, why)
+    progress.bf16, progress.attention = run.bf16, run.attention
+    what = f"LoRA of rank {lora}" if lora else "all weights"
+    count = sum(p.numel() for p in players.weights("student").values())
+    left_out = ", ".join(sorted(settings.without)) or "nothing"
+    run.say(f"{size}: {what}, {count:,} parameters each in student and fake, on {run.ranks} x "
+            f"{run.device}\n{why}\nwithout: {left_out}; guidance {settings.guidance:g}")
 
     with rank_zero_first(run):                     # it draws the world, or indexes the shards
         source = open_source(run, stage, output, pattern)
@@ -899,27 +802,11 @@ def distill(run, size, teacher, settings, same, schedule, pattern=None, lora=0, 
     run.say(f"done: python sample.py --eval --weights {run.out}")
 
 
-def introduce(run, size, players, settings, why):
-    """Says what is trained, where, and how."""
-    what = f"LoRA of rank {players.lora}" if players.lora else "all weights"
-    student = sum(p.numel() for p in players.weights("student").values())
-    heads = sum(p.numel() for p in players.weights("heads").values())
-    left_out = ", ".join(sorted(settings.without)) or "nothing"
-    run.say(f"{size}: {what}, {student:,} parameters each in student and fake, {heads:,} in the "
-            f"heads, on {run.ranks} x {run.device}\n{why}\n"
-            f"without: {left_out}; guidance {settings.guidance:g}")
-
-
 # --- Export: the student as a small adapter of its teacher ----------------------------------------
 
-@torch.no_grad()
 def export(student_folder, teacher, folder, rank, device, score_at=None):
-    """Writes a student as a LoRA over its teacher, of rank `rank` and in bf16, to ship: of the
-    toy's 0.80, 0.24 MB at rank 3 keep 0.78.
-
-    Each matrix's change becomes the nearest of that rank. Layers that see the time alone are fitted
-    to what the student's give over all t instead: so their biases and the time embedding, where a
-    LoRA has no place, go into it. Left out, they cost a student at rank 4 a tenth (0.69, not 0.78).
+    """Writes the student as a LoRA over its teacher, in bf16, to ship: of the toy's student, which
+    scores 0.80, rank 3 is 0.24 MB and scores 0.78.
 
     score_at  (height, width) at which the adapter is scored on the toy's tasks; None: it is not
     """
@@ -929,52 +816,14 @@ def export(student_folder, teacher, folder, rank, device, score_at=None):
     require(student.config == model.config,
             f"--out {student_folder}: not a student of --teacher {teacher}")
 
-    linear = [name for name, layer in model.named_modules()
-              if isinstance(layer, nn.Linear) and "time" not in name]
-    times = torch.linspace(MARGIN, 1, 256, device=device)
-    before = F.silu(model.time(times)).double()            # [T, W]: what the teacher's layers see
-    after = F.silu(student.time(times)).double()           # [T, W]: what the student's see
-    add_lora(model, rank, rank, linear, "export")
-    for name, layer in lora_layers(model, "export").items():
-        new = student.get_submodule(name)
-        if "_mod." in name or "norm_out" in name:
-            a, b = fit_timed_layer(layer, new, before, after, rank)
-        else:
-            a, b = nearest_of_rank((new.weight - layer.weight).double(), rank)
-        layer.lora_A["export"].data = a.bfloat16()
-        layer.lora_B["export"].data = b.bfloat16()
-
+    shrink(student, model, rank, "export")
     if score_at is not None:
         scores, _, _ = sample.evaluate((model, vae, encoder), *score_at, STEPS, 1.0)
         notes["score"] = json.dumps(scores)
-    save_lora(model, folder, "export", notes)
+    kit.lora.save_lora(model, folder, "export", notes)
     base = os.path.relpath(fetch(teacher, ("transformer",)), folder)
     save_pipeline(folder, metadata=notes, base=base)
-    print(f"wrote {folder}: {notes['score']}")
-
-
-def nearest_of_rank(change, rank):
-    """(A [rank, in], B [out, rank]), whose product B A is the matrix of that rank which comes
-    nearest to `change` [out, in]."""
-    u, s, v = torch.linalg.svd(change, full_matrices=False)
-    root = s[:rank].sqrt()
-    return root[:, None] * v[:rank], u[:, :rank] * root
-
-
-def fit_timed_layer(layer, new, before, after, rank):
-    """(A, B) with which `layer`, on `before` [T, W], gives what `new` gives on `after` [T, W], as
-    nearly as that rank allows: least squares over the times."""
-    wanted = after @ new.weight.double().T + new.bias                              # [T, out]
-    change = wanted - before @ layer.weight.double().T - layer.bias
-
-    # [W, W], nearly singular, since all times look alike: hence the ridge.
-    gram = before.T @ before
-    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
-    fit = torch.linalg.solve(gram + ridge, before.T) @ change                      # [W, out]
-
-    u, _, _ = torch.linalg.svd((before @ fit).T, full_matrices=False)              # [out, ...]
-    b = u[:, :rank]
-    return b.T @ fit.T, b
+    print(f"wrote {folder}: {notes.get('score', 'not scored')}")
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -983,7 +832,7 @@ def arguments(argv):
     parser = Parser("Distil a teacher of 20 guided steps into a student of 4 plain ones. "
                     "The same command again resumes.", __doc__)
     add = parser.add_argument
-    add("--size", default="toy", help="one of " + ", ".join(lens.SIZES))
+    add("--size", default="toy", choices=lens.SIZES, help="default: toy")
     add("--teacher", default=str(sample.TOY), metavar="DIR",
         help="the model to distil, where student and fake start too: a folder or hub id "
              "(default: weights/toy)")
@@ -1043,8 +892,6 @@ def check_data(size, pattern, without):
 
 def main(argv=None):
     args = arguments(argv)
-    require(args.size in lens.SIZES,
-            f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
     settings = settings_for(args.size, args.lora, args.steps, args.lr, args.guidance, args.without)
     check_settings(settings)
 
@@ -1075,9 +922,7 @@ def main(argv=None):
             "torchrun --nproc-per-node N distill.py ...")
     require(not (args.fsdp and args.lora), "--fsdp is for whole weights; adapters are small: leave "
             "it out, each process then holds the base")
-    compiled = args.compile
-    if compiled is None:
-        compiled = run.device != "cpu"
+    compiled = run.device != "cpu" if args.compile is None else args.compile
     # Evaluation is on the toy's tasks, which a model of other data does not know.
     schedule = train.Schedule(save_every=args.save_every,
                               eval_every=0 if args.data else args.eval_every,

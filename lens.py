@@ -44,7 +44,7 @@ from torch.utils.checkpoint import (
 
 from kit.files import LensError, require
 
-__all__ = ["LensError", "require"]         # for those who import lens alone
+__all__ = ["LensError", "require"]         # lens.LensError: for programs that import lens alone
 
 
 # --- 1. The convention in code --------------------------------------------------------------------
@@ -124,6 +124,7 @@ class LensConfig:
             if name in cls.__dataclass_fields__:
                 known[name] = tuple(value) if isinstance(value, list) else value
         heads, head_dim = known.get("num_attention_heads"), known.get("attention_head_dim")
+        # Configs of other tools may leave out the width, which follows from the heads.
         if "inner_dim" not in known and heads and head_dim:
             known["inner_dim"] = heads * head_dim
         return cls(**known)
@@ -164,7 +165,7 @@ NANO_VAE = dict(
 
 def yarn(original_length):
     """GPT-OSS stretches its rotary positions by YaRN [checkpoint]. Without it the features are
-    silently wrong (cosine 0.94)."""
+    silently wrong: their cosine with the right ones is 0.94."""
     return dict(
         rope_type="yarn",
         rope_theta=150000.0,
@@ -246,7 +247,8 @@ SIZES = {
     "small": Size(
         LensConfig(num_layers=8, num_attention_heads=6, inner_dim=384),
         FULL_VAE, GPT_OSS_20B),
-    # The paper's ablation model "Lens-Toy", 1.2B with Qwen3-0.6B [paper]; its layout is ours.
+    # The paper's ablation model, 1.2B with Qwen3-0.6B [paper]; its layout is ours. (The paper calls
+    # it "Lens-Toy"; it is not our toy.)
     "1b": Size(
         LensConfig(num_layers=14, enc_hidden_dim=1024, selected_layer_index=(6, 13, 20, 27)),
         FULL_VAE, QWEN3_06B),
@@ -261,13 +263,14 @@ SIZES = {
 def rope_table(grid, text_len, axes, device):
     """(cos, sin) of every joint token's angles: [h*w + text_len, 1, head_dim/2, 2], always fp32.
 
-    At position 40 the angles of bf16 are off by a tenth of a radian. The table is cached: a
-    training run meets few grids and lengths.
+    Computed in bf16, the angle at position 40 would be off by a tenth of a radian. The table is
+    cached: a training run meets few grids and lengths. The axis of length 1 stands for the heads.
     """
     h, w = grid
     # A cached inference-mode tensor could not be used in training later.
     with torch.inference_mode(False), torch.no_grad():
-        # Centred, so that a model trained at one size meets few new positions at another.
+        # Centred, so that a model trained at one size meets few new positions at another: six
+        # rows are -3 ... 2, five rows -3 ... 1.
         rows = torch.arange(h, device=device) - (h - h // 2)
         columns = torch.arange(w, device=device) - (w - w // 2)
         # Text goes on where the picture ends, on all three axes.
@@ -317,17 +320,18 @@ class RMSNorm(nn.Module):
 def modulate(x, norm, shift, scale):
     """norm(x) * (1 + scale) + shift, for x [B, N, W] and shift, scale [B, 1, W].
 
-    The norm's weight is multiplied into the scale, which is one row a picture: applied to x it
-    would cost one more pass over all tokens forwards, and two backwards.
+    The norm's own weight goes into the scale, which is one row a picture. On x it would cost one
+    more pass over all tokens.
     """
     x = F.rms_norm(x, norm.weight.shape, None, norm.eps)
-    return torch.addcmul(shift, x, norm.weight.to(scale.dtype) * (1 + scale))
+    scale = norm.weight.to(scale.dtype) * (1 + scale)
+    return torch.addcmul(shift, x, scale)                              # shift + x * scale
 
 
 class SwiGLU(nn.Module):
     def __init__(self, width):
         super().__init__()
-        # 8/3 of the width with three matrices costs as much as 4 with two.
+        # Three matrices of width x 8/3 width cost what two of width x 4 width do.
         hidden = int(width / 3 * 8)
         self.w1 = nn.Linear(width, hidden, bias=False)
         self.w3 = nn.Linear(width, hidden, bias=False)
@@ -360,16 +364,20 @@ class JointAttention(nn.Module):
         self.to_add_out = nn.Linear(width, width)
 
     def qkv(self, x, linear, norm_q, norm_k, rope):
-        """x [B, N, W] -> q, k, v [B, N, H, D]; q and k normed and rotated."""
-        # The three of q, k, v is the outer axis, heads lie inside it [checkpoint].
-        q, k, v = linear(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
-        q = rotate(norm_q(q), rope).to(v.dtype)
-        k = rotate(norm_k(k), rope).to(v.dtype)
-        return q, k, v
+        """x [B, N, W] -> q, k, v [B, N, H, D]; q and k normed and rotated. [checkpoint]"""
+        fused = linear(x).unflatten(-1, (3, -1, self.head_dim))        # [B, N, 3, H, D]
+        q, k, v = fused.unbind(2)
+        q = rotate(norm_q(q), rope)
+        k = rotate(norm_k(k), rope)
+        return q.to(v.dtype), k.to(v.dtype), v     # under autocast norms give fp32
 
     def forward(self, img, txt, rope, mask, last):
         """img [B, N, W], txt [b, S, W] or None -> both, changed; txt is None if it was or if
-        `last`. The first b pictures see text, any others see none (see Context)."""
+        `last`.
+
+        The first b pictures see text, the others see none: b < B where the two branches of
+        guidance share a batch (see Context).
+        """
         N = img.shape[1]
         q, k, v = self.qkv(img, self.img_qkv, self.norm_q, self.norm_k, rope[:N])
         if txt is None:
@@ -406,7 +414,7 @@ class Block(nn.Module):
         self.txt_norm2 = RMSNorm(width, 1e-6)
         self.txt_mlp = SwiGLU(width)
 
-    def modulation(self, time):
+    def modulation_of(self, time):
         """time [B, W] -> for each stream [B, 6, 1, W]: shift, scale, gate of the attention, then
         of the MLP."""
         img_mod = self.img_mod(time).unflatten(-1, (6, 1, -1))
@@ -416,7 +424,7 @@ class Block(nn.Module):
     def forward(self, img, txt, time, modulation, rope, mask):
         """img [B, N, W], txt [b, S, W] or None, time [B, W] -> img, txt.
 
-        modulation: what the method above gives, made before; None: it is made here.
+        modulation: what `modulation_of` gave before, for time; None: it is made here.
         """
         inputs = (img, txt, time, modulation, rope, mask)
         if self.recompute == "none" or not torch.is_grad_enabled():
@@ -426,7 +434,9 @@ class Block(nn.Module):
         return checkpoint(self.compute, *inputs, use_reentrant=False, context_fn=keep_products)
 
     def compute(self, img, txt, time, modulation, rope, mask):
-        img_mod, txt_mod = self.modulation(time) if modulation is None else modulation
+        if modulation is None:
+            modulation = self.modulation_of(time)
+        img_mod, txt_mod = modulation
         shift1, scale1, gate1, shift2, scale2, gate2 = img_mod.unbind(1)           # [B, 1, W]
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = txt_mod.unbind(1)
 
@@ -454,7 +464,7 @@ def keep_products():
     heavy = ("aten.mm", "aten.addmm", "aten.bmm", "aten._scaled_dot_product")
 
     def policy(context, op, *args, **kwargs):
-        if str(op).startswith(heavy):
+        if str(op).startswith(heavy):              # op: such as aten.mm.default
             return CheckpointPolicy.MUST_SAVE
         return CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -468,8 +478,8 @@ class Context(NamedTuple):
 
     `txt` may hold fewer rows than the batch of image tokens: the first pictures see its rows, the
     others see no text at all. So the two branches of guidance, with the prompt and without, can
-    share one forward: give [x, x], the text of the first half, and one time for all
-    (Modulation.at: text is modulated by the rows that it finds there).
+    share one forward: give [x, x], the text of the first half, and one modulation for all pictures
+    (Modulation.at), which text and image tokens then share.
     """
     txt: Tensor | None         # [b, S, W], or None: no text at all
     rope: Tensor               # [N + S, 1, head_dim/2, 2]
@@ -497,6 +507,7 @@ class LensTransformer(nn.Module):
         super().__init__()
         width = config.inner_dim
         self.config = config
+        self.records_graphs = False    # whether its blocks are CUDA graphs, see compile_blocks
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": nn.ModuleDict({
             "linear_1": nn.Linear(256, width),
             "linear_2": nn.Linear(width, width),
@@ -534,8 +545,8 @@ class LensTransformer(nn.Module):
         return self
 
     def unread(self):
-        """Names of the parameters that get no gradient: those behind the last block's text
-        output. DDP and LoRA must know them."""
+        """Names of the parameters that no output depends on: those that only the last block's text
+        output needs. They get no gradient; DDP and LoRA must know."""
         last = f"transformer_blocks.{self.config.num_layers - 1}."
         dead = (last + "attn.to_add_out.", last + "txt_norm2.", last + "txt_mlp.")
         return [name for name, _ in self.named_parameters() if name.startswith(dead)]
@@ -548,8 +559,8 @@ class LensTransformer(nn.Module):
 
     def time(self, t):
         """t [T] -> its embedding [T, W]."""
-        # t is rounded to the activations' type first, as the released weights were trained and
-        # are run [checkpoint]: in bf16 the sinusoid of an unrounded t is a different number.
+        # t is rounded to the activations' type first, as in training of the released weights
+        # [checkpoint]. It matters: 1000 t is off by up to 2 then.
         weight = self.txt_norm[0].weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
@@ -565,8 +576,8 @@ class LensTransformer(nn.Module):
         """The work that does not depend on t: -> Context.
 
         text       list of K [B, S, E], features of the encoder's layers; None: no text at all
-        text_mask  [B, S] bool; None: every token is visible (the caller says so, since to look
-                   would make a GPU wait for the CPU)
+        text_mask  [B, S] bool; None: every token is visible (the caller says so: to look into a
+                   mask, the CPU would have to wait for the GPU)
         grid       (h, w) image tokens
         """
         N = grid[0] * grid[1]
@@ -587,7 +598,7 @@ class LensTransformer(nn.Module):
     def modulation(self, t):
         """Everything that depends on t [T] alone, for all T times at once: -> Modulation."""
         time = self.time(t)
-        blocks = tuple(block.modulation(time) for block in self.transformer_blocks)
+        blocks = tuple(block.modulation_of(time) for block in self.transformer_blocks)
         return Modulation(time, blocks, self.norm_out["linear"](F.silu(time)))
 
     def velocity_from(self, x, modulation, context, on_block=None):
@@ -595,6 +606,9 @@ class LensTransformer(nn.Module):
 
         on_block   called as on_block(i, img) with the image tokens [B, N, W] after block i
         """
+        if self.records_graphs:
+            # What the last call gave may be overwritten now.
+            torch.compiler.cudagraph_mark_step_begin()
         img, txt = self.img_in(x), context.txt                                     # [B, N, W]
         for i, block in enumerate(self.transformer_blocks):
             img, txt = block(img, txt, modulation.time, modulation.blocks[i],
@@ -609,8 +623,9 @@ class LensTransformer(nn.Module):
     def forward(self, x, t, text, text_mask, grid, on_block=None):
         """x [B, h*w, C], t [B] -> velocity [B, h*w, C]; the rest as in `prepare`.
 
-        Here each block makes its own modulation, so that recomputing, compiling and sharding
-        (FSDP gathers weights block by block) need nothing from outside the block.
+        Unlike in sampling, each block makes its own modulation here: a block that uses all of its
+        weights itself can be recomputed, compiled, and sharded by FSDP, which gathers the weights
+        of one block at a time.
         """
         require(x.shape[1] == grid[0] * grid[1],
                 f"{x.shape[1]} tokens do not fill a grid of {grid[0]} x {grid[1]}")
@@ -635,8 +650,9 @@ def sigmas(image_tokens, steps):
     """Levels of the sampler, fp32 [steps + 1], 1 first and 0 last.
 
     More tokens show the same picture through more noise, so larger pictures spend more of their
-    steps near t = 1. The fit of mu is empirical [checkpoint]; constants that other code bases use
-    (1.15, 1.83) are not it.
+    steps near t = 1: the odds of every level, t / (1 - t), are multiplied by e^mu. The fit of mu is
+    empirical, a line in the number of tokens at 10 and at 200 steps, and one between them
+    [checkpoint]; constants that other code bases use (1.15, 1.83) are not it.
     """
     mu_200 = 0.00016927 * image_tokens + 0.45666666                # at 200 steps
     mu_10 = 8.73809524e-05 * image_tokens + 1.89833333             # at 10 steps
@@ -645,13 +661,14 @@ def sigmas(image_tokens, steps):
     else:
         mu = mu_10 + (mu_200 - mu_10) * (steps - 10) / (200 - 10)
     sigma = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
-    sigma = math.exp(mu) / (math.exp(mu) + 1 / sigma - 1)
+    sigma = math.exp(mu) / (math.exp(mu) + 1 / sigma - 1)          # odds times e^mu
     return torch.cat([sigma, sigma.new_zeros(1)]).float()
 
 
 # --- 7. Text: a frozen language model reads the prompt; some of its layers are the condition ------
 
-# [ours] Frozen. With today's date in the chat, as in the reference, a seed drifts from day to day.
+# [ours] The date that the chat around a prompt names. The reference names today's: there, the same
+# seed gives another picture tomorrow.
 DATE = "2026-05-23"
 DESCRIBE = ("Describe the image by detailing the color, shape, size, texture, quantity, text, "
             "spatial relationships of the objects and background.")
@@ -669,7 +686,8 @@ CHAT = {  # what stands before and after the prompt, to the letter
         "<|im_start|>system\n" + DESCRIBE + "<|im_end|>\n<|im_start|>user\n",
         "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
 }
-MARKER = re.compile(r"<\|(?:(?!<\|).)*?\|>")       # the innermost one: `<|` with no `<|` inside it
+# `<|`, what has no `<|` in it, `|>`: the innermost marker where one hides in another.
+MARKER = re.compile(r"<\|(?:(?!<\|).)*?\|>")
 
 
 def strip_markers(prompt):
@@ -687,7 +705,7 @@ def text_features(hf_model, input_ids, attention_mask, layers):
     input_ids, attention_mask [B, S]. Hooks take them, because `output_hidden_states` passes the
     last one through the final norm, which the denoiser was not trained on [checkpoint].
     """
-    trunk = getattr(hf_model, "model", hf_model)   # without the head: its logits cost a block
+    trunk = getattr(hf_model, "model", hf_model)   # without its head, whose logits nobody needs
     require(min(layers) >= 0 and max(layers) < len(trunk.layers),
             f"text layers {tuple(layers)} asked of an encoder with {len(trunk.layers)} blocks")
     hidden = {}
@@ -710,7 +728,7 @@ def text_features(hf_model, input_ids, attention_mask, layers):
 class TextEncoder:
     """A language model, its tokenizer, and which of its layers the denoiser reads.
 
-    model      of transformers; it keeps its head where it has one, since it can also write
+    model      of transformers, with its head where it has one: then it can write, too (reason.py)
     date       what the chat around the prompt says; max_length: tokens, the chat's included
     """
 
@@ -727,7 +745,7 @@ class TextEncoder:
     def chat(self):
         """(head, tail): what stands before and after the prompt."""
         head, tail = CHAT[self.kind]
-        return head.replace("{date}", self.date), tail.replace("{date}", self.date)
+        return head.replace("{date}", self.date), tail
 
     def render(self, prompt):
         """The whole text that the language model reads."""
@@ -740,19 +758,19 @@ class TextEncoder:
     def tokenize(self, prompts):
         """-> (a list of ids per prompt, the offset at which the prompt begins in each).
 
-        Head, prompt and tail are tokenized apart. They meet at markers, so the ids are those of
-        the whole; and a cut falls on the prompt alone. A cut tail would cost the features of the
-        words that follow every prompt.
+        Head, prompt and tail are tokenized apart, so that a cut falls on the prompt alone: the
+        tail's features are part of the condition. They meet at a marker or a line's end, where no
+        token reaches across; so the ids are those of the whole text.
         """
         head, tail = (self.tokens(part) for part in self.chat())
-        room = self.max_length - len(head) - len(tail)
+        room = max(0, self.max_length - len(head) - len(tail))
         rows = []
         for prompt in prompts:
             ids = self.tokens(strip_markers(prompt))
             if len(ids) > room:
                 warnings.warn(f"prompt of {len(ids)} tokens: the last {len(ids) - room} were cut, "
                               f"{room} fit", stacklevel=3)
-            rows.append(head + ids[:max(room, 0)] + tail)
+            rows.append(head + ids[:room] + tail)
         return rows, len(head)
 
     def encode(self, prompts):
@@ -796,7 +814,7 @@ class TextEncoder:
                 for k in range(0, len(members), 64):
                     chunk = members[k:k + 64]
                     layers, _ = self.encode([prompts[i] for i in chunk])           # K x [B, S, E]
-                    for i, own in zip(chunk, torch.stack(layers, 1)):
+                    for i, own in zip(chunk, torch.stack(layers, 1)):              # [K, S, E]
                         features[i] = own
         return features
 

@@ -1,6 +1,7 @@
 """The reasoner: a request becomes a dense prompt. And the search for a better system prompt for it.
 
-Read before: lens.py, kit/chat.py. Used by sample.py (`--reason`) and rl.py (`--search`).
+Read before: lens.py, kit/chat.py, kit/rubrics.py. Used by sample.py (`--reason`) and rl.py
+(`--search`).
 
 The story in one paragraph. The denoiser is trained on dense captions alone, and people type "two
 crimson discs". So a language model first writes the request out as a caption, and a system prompt
@@ -11,14 +12,17 @@ change where a paired test on other requests says that it is better. Nothing is 
 
 Where this departs from the paper [ours]: answers are checked where a check is known (of the toy
 world: toy.language.keeps), and the user's own words stand where no answer passes. And to score
-better is not enough for a change: it must pass a test, whose errors add up to `ERROR` over a whole
-search.
+better is not enough for a change: it must pass a test, and the chance that a whole search accepts
+any change wrongly is at most `ERROR`.
 """
 import hashlib
+import json
+import math
 import re
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Callable
 
 import numpy as np
@@ -26,18 +30,18 @@ import torch
 
 import lens
 from kit.chat import clean, parse_json
-from kit.files import first_few, require
+from kit.files import first_few, read_json_lines, require, write_json_lines, write_text
+from kit.rubrics import reward_of
 
 # --- The reasoner ---------------------------------------------------------------------------------
 
 # The paper's rules in our words.
 SYSTEM = """\
 Turn the user's request into one dense prompt for a text-to-image model that was trained on \
-detailed captions. Settle on one concrete scene. Whatever the user said stays as it is:
+detailed captions. Settle on one concrete scene. Whatever the user said stays as it is: \
 objects, numbers, colors, names, quoted text, relations; add only what was left open. \
 Describe each of several subjects apart: its look, its place, how it stands to the others. \
-Write out what
-follows from the request: if it shows the answer to 2+2, write "2+2=4". \
+Write out what follows from the request: if it shows the answer to 2+2, write "2+2=4". \
 Then background, light, style, viewpoint. State things as they are: no maybe, no alternatives.
 Reply in the user's language with the prompt alone: one paragraph of about 100 words."""
 
@@ -50,32 +54,32 @@ class Reasoner:
     seed: int = 0
     faithful: Callable = None    # (request, prompt) -> whether the prompt keeps the request
 
-    def rewrite(self, requests, system=None, seed=None):
-        """[request] -> [prompt]. system, seed: instead of the reasoner's own, for the search."""
-        if system is None:
-            system = self.system
-        if seed is None:
-            seed = self.seed
-        return reason(self.writes, requests, system, seed, self.faithful)
+    def rewrite(self, requests):
+        """[request] -> [prompt]"""
+        return reason(self.writes, requests, self.system, self.seed, self.faithful)
 
 
-def reason(writes, requests, system, seed=0, faithful=None, trials=8, longest=2000):
+TRIALS = 8                   # how often a request is asked for before the user's own words stand
+LONGEST_REQUEST = 2000       # characters; the text encoder reads no more than that of a prompt
+
+
+def reason(writes, requests, system, seed=0, faithful=None):
     """[request] -> [prompt], in order.
 
     writes(system, requests, seed, trial) -> raw answers, None for one that failed
     faithful(request, prompt) -> bool, the check; None: every prompt passes
 
     An answer that is empty, refused or not faithful is asked for again in the next trial. After the
-    last one the user's own words stand, and a notice says so. So do requests of more than `longest`
-    characters (the text encoder reads no more than that), and those that the check cannot read.
+    last one the user's own words stand, and a notice says so. So do requests that are too long, and
+    those that the check cannot read: by it they do not even keep themselves.
     """
     def passes(request, prompt):
         return faithful is None or faithful(lens.strip_markers(request), prompt)
 
     able = [request for request in dict.fromkeys(requests)
-            if len(request) <= longest and passes(request, lens.strip_markers(request))]
+            if len(request) <= LONGEST_REQUEST and passes(request, lens.strip_markers(request))]
     prompts = {}
-    for trial in range(trials):
+    for trial in range(TRIALS):
         left = [request for request in able if request not in prompts]
         if not left:
             break
@@ -158,6 +162,7 @@ def chat_ids(encoder, system, request):
     chat = [{"role": "system", "content": lens.strip_markers(system)},
             {"role": "user", "content": lens.strip_markers(request)}]
     # Released templates ask for today's date: the prompt of a seed would drift from day to day.
+    # GPT-OSS's template reads reasoning_effort, Qwen's reads enable_thinking; both keep it short.
     template = encoder.tokenizer.get_chat_template()
     template = re.sub(r"strftime_now\([^)]*\)", "current_date", template)
     text = encoder.tokenizer.apply_chat_template(
@@ -183,6 +188,7 @@ class GumbelNoise:
     def __call__(self, input_ids, scores):
         draws = [torch.empty(scores.shape[1]).exponential_(generator=generator)
                  for generator in self.generators]
+        # The log of an exponential variable, negated, has Gumbel's distribution.
         gumbel = -torch.stack(draws).log().to(scores)             # [B, vocabulary]
         return scores + TEMPERATURE * gumbel
 
@@ -203,35 +209,40 @@ SEARCH = {
     "full": Search(summary=48, pairs=192, final=300),
 }
 
-# The chance that a search accepts anything where no candidate differs from the start, however long
-# it goes on. [ours]
+# The chance that a search accepts anything where all system prompts are equally good, however many
+# it tries. [ours]
 ERROR = 0.02
+FLIPS = 20_000            # sign patterns that the test draws at a time
 
 
-def better(old, new, alpha, seed=0, flips=20_000):
-    """Paired sign-flip test -> (accept, p, gain).
+def paired_test(old, new, alpha=0.05, seed=0):
+    """Paired sign-flip test: is `new` better than `old`? -> (p, gain).
 
     old, new  [n] rewards of the same requests and noises under two system prompts; NaN: not judged,
               and left out
-    alpha     the chance of accepting where the two system prompts are alike
-    flips     random sign patterns to compare with
+    alpha     what p will be held against
 
     Where the system prompts are alike, each difference has either sign with equal chance. p is the
     share of sign patterns whose sum is at least the one seen (which is counted among them), so
-    P(accept) <= alpha, whatever the rewards' distribution. gain: the mean difference.
+    P(p <= alpha) <= alpha, whatever the rewards' distribution. gain: the mean difference.
     """
     difference = np.asarray(new, float) - np.asarray(old, float)
     difference = difference[~np.isnan(difference)]
     gain = float(difference.mean()) if len(difference) else 0.0
     seen = difference.sum()
     if seen <= 0:                                                  # then p is above one half
-        return False, 1.0, gain
+        return 1.0, gain
 
+    # Of n random patterns, p cannot be below 1 / (1 + n): draw enough for a fifth of alpha.
+    rounds = math.ceil(5 / alpha / FLIPS)
     rng = np.random.default_rng(seed)
-    signs = 2.0 * rng.integers(0, 2, (flips, len(difference)), dtype=np.int8) - 1   # [flips, n]
-    at_least = int((signs @ difference >= seen - 1e-9).sum())
-    p = (1 + at_least) / (1 + flips)
-    return p <= alpha, p, gain
+    at_least = 0
+    for _ in range(rounds):
+        bits = rng.integers(0, 2, (FLIPS, len(difference)), dtype=np.int8)
+        signs = 2.0 * bits - 1                                     # [FLIPS, n]
+        at_least += int((signs @ difference >= seen - 1e-9).sum())
+    p = (1 + at_least) / (1 + rounds * FLIPS)
+    return p, gain
 
 
 # --- The search: climbing -------------------------------------------------------------------------
@@ -258,36 +269,42 @@ def best_system(start, candidates):
     return accepted[-1] if accepted else start
 
 
-def climb(start, trial, propose, steps, candidates, write, seed=0):
+def climb(start, trial, propose, steps, pairs, candidates, write, seed=0):
     """The search's loop -> the best system prompt.
 
-    trial(which, k, systems) -> (rewards [len(systems), n], what was wrong with the pictures in
-        words): the same requests and noises under each system prompt. which: "summary", or one of
-        "pairs 1" and "pairs 2", the halves of the pairs. k: from 0; each candidate's requests are
-        drawn anew.
-    propose(best, failures, tried) -> a system prompt that is not among those tried, or None
+    trial(which, k, systems) -> (rewards [len(systems), n], the failures under each in words): the
+        same requests and noises under each system prompt. which: "summary", or one of "pairs 1"
+        and "pairs 2", the halves of the pairs. k: from 0; each candidate's requests are drawn anew.
+    propose(system, failures, tried) -> a better system prompt than `system`, or None. tried: all so
+        far, `system` among them
     steps        candidates in all
+    pairs        requests that a candidate may be compared on
     candidates   list of those that were tried before, where a search goes on. It grows, and
                  write(candidates) is called after each.
     """
     for k in range(len(candidates), steps):
+        # The levels add up to ERROR, since 1 / ((k + 1) (k + 2)) adds up to 1.
+        alpha = ERROR / ((k + 1) * (k + 2))
+        if 2.0**-pairs > alpha:                                    # p, were all pairs won
+            print(f"{pairs} pairs are too few to accept a candidate {k + 1}: the search ends here")
+            break
+
         best = best_system(start, candidates)
         tried = [start] + [candidate.system for candidate in candidates]
-        _, failures = trial("summary", k, [best])
+        _, (failures,) = trial("summary", k, [best])
         system = propose(best, failures, tried)
         if system is None:
             print("the proposer has nothing new to try")
             break
 
-        rewards, _ = trial("pairs 1", k, [best, system])
-        rewards = np.asarray(rewards, float)                       # [2, n]
-        # With no gain so far, p is above one half, and the other half of the pairs is not needed.
+        rewards, _ = trial("pairs 1", k, [best, system])           # [2, n]
+        # With no gain so far the test refuses: the pictures of the other half are saved.
         if np.nanmean(rewards[1] - rewards[0]) > 0:
             second_half, _ = trial("pairs 2", k, [best, system])
             rewards = np.concatenate([rewards, second_half], axis=1)
         old, new = rewards
-        alpha = ERROR / ((k + 1) * (k + 2))                        # these add up to ERROR
-        accepted, p, gain = better(old, new, alpha, (seed, k))
+        p, gain = paired_test(old, new, alpha, (seed, k))
+        accepted = p <= alpha
 
         candidate = Candidate(
             candidate=k + 1, accepted=accepted,
@@ -302,6 +319,133 @@ def climb(start, trial, propose, steps, candidates, write, seed=0):
     return best_system(start, candidates)
 
 
+# --- The search: pictures and a judge -------------------------------------------------------------
+
+class Trials:
+    """Pictures the same requests, from the same noises, under several system prompts; has them
+    judged."""
+
+    def __init__(self, rows, reasoner, generate, judge, search, seed):
+        """Deals the requests into three sets. Rows with the same request go to the same one.
+
+        rows                      [PromptRow]; their prompts are the requests
+        generate(prompts, seeds)  -> pictures
+        search                    Search: how many requests each part takes
+        """
+        self.rows, self.reasoner, self.seed = rows, reasoner, seed
+        self.generate, self.judge = generate, judge
+
+        rows_of = defaultdict(list)                # {request: [its rows' numbers]}
+        for i, row in enumerate(rows):
+            rows_of[row["prompt"]].append(i)
+        require(len(rows_of) >= 12, f"{len(rows_of)} different prompts are too few for a search: "
+                "three sets are made of them")
+        groups = list(rows_of.values())
+        order = np.random.default_rng(seed).permutation(len(groups))
+        summary, pairs, final = [[i for g in part for i in groups[g]]
+                                 for part in np.array_split(order, 3)]
+
+        # Where the set is small, so are its halves: the second must not be empty.
+        self.pairs = min(search.pairs, len(pairs))
+        half = self.pairs // 2
+        self.parts = {
+            "summary": (summary, slice(0, search.summary)),
+            "pairs 1": (pairs, slice(0, half)),
+            "pairs 2": (pairs, slice(half, self.pairs)),
+            "final": (final, slice(0, search.final)),
+        }
+
+    def __call__(self, which, k, systems):
+        """-> (rewards [len(systems), n], the failures under each of them in words).
+
+        which: one of `parts`;  k: each candidate has other requests
+        """
+        members, part = self.parts[which]
+        chosen = np.random.default_rng((self.seed, 1, k)).permutation(members)[part].tolist()
+        rows = [self.rows[i] for i in chosen]
+        requests = [row["prompt"] for row in rows]
+        seeds = [1000 * k + i for i in chosen]             # of the noise: another for each k
+
+        rewards, failures = [], []
+        for system in systems:
+            prompts = replace(self.reasoner, system=system).rewrite(requests)
+            answers = self.judge(self.generate(prompts, seeds), rows)
+            rewards.append([reward_of(own, row["rubrics"]) for own, row in zip(answers, rows)])
+            failures.append(failures_in_words(rows, prompts, answers))
+            require(not np.isnan(rewards[-1]).all(),
+                    f"no answer from the judge at --endpoint: {dict(Counter(self.judge.failed))}; "
+                    "is the URL right up to and with /v1, and LENS_API_KEY set?")
+        return np.array(rewards), failures
+
+
+class SearchLog:
+    """search.jsonl: the search's settings, its candidates, at last what was gained; best.txt."""
+
+    def __init__(self, out, start, settings):
+        """start: the system prompt of the start;  settings: {"--flag": value}.
+
+        LensError where `out` holds a search with others.
+        """
+        self.out, self.start = Path(out), start
+        self.settings = {**settings, "--system-prompt": start}
+        self.candidates = []
+        lines = read_json_lines(self.out / "search.jsonl")
+        if lines:
+            kept = lines[0].get("settings", {})
+            differ = [name for name, value in self.settings.items() if kept.get(name) != value]
+            require(not differ, f"{out} holds another search, which differs in "
+                    f"{', '.join(differ)}: give another --out, or the same settings")
+            self.candidates = [Candidate(**line) for line in lines[1:] if "final" not in line]
+        self.write(self.candidates)
+
+    def write(self, candidates, final=None):
+        lines = [{"settings": self.settings}] + [asdict(candidate) for candidate in candidates]
+        if final:
+            lines.append(final)
+        write_json_lines(self.out / "search.jsonl", lines)
+        write_text(self.out / "best.txt", best_system(self.start, candidates) + "\n")
+
+
+def search_prompt(out, trials, propose, steps, settings):
+    """Searches for a better system prompt than the reasoner's; nothing is trained.
+
+    trials     Trials, with the reasoner that has the system prompt to start from
+    propose    as in `climb`;  steps: system prompts to try
+    settings   {"--flag": value} that a later call must share to go on with this search
+    """
+    start = trials.reasoner.system
+    log = SearchLog(out, start, settings)
+    print(f"start, {len(log.candidates)} candidates judged before:\n    {start}")
+    best = climb(start, trials, propose, steps, trials.pairs, log.candidates, log.write,
+                 trials.seed)
+
+    final = gain_over(start, best, trials)
+    log.write(log.candidates, final)
+    print(json.dumps(final))
+    print(f"done: python sample.py --reason --system-prompt {out}/best.txt")
+
+
+def gain_over(start, best, trials):
+    """What the best system prompt gained, on requests that no candidate has met: for the log."""
+    (before, after), _ = trials("final", 0, [start, best])
+    p, gain = paired_test(before, after, seed=trials.seed)
+    known = ~np.isnan(after - before)              # judged under both
+    require(known.any(), "the judge answered for no request under both system prompts")
+    before, after = before[known], after[known]
+    spread = float((after - before).std())
+    return {
+        "final": True,
+        "requests": len(before),
+        "start": round(float(before.mean()), 4),
+        "best": round(float(after.mean()), 4),
+        "gain": round(gain, 4),
+        "p": round(p, 5),
+        "error": round(spread / math.sqrt(len(before)), 4),          # standard error of the gain
+        "right_start": round(float((before == 1).mean()), 4),        # pictures without a failure
+        "right_best": round(float((after == 1).mean()), 4),
+    }
+
+
 # --- The search: what a proposer is told, and a proposer behind an endpoint -----------------------
 
 KINDS_TOLD = 12           # kinds of rubric in a summary: a file's rubrics have a thousand names
@@ -310,8 +454,8 @@ KINDS_TOLD = 12           # kinds of rubric in a summary: a file's rubrics have 
 def failures_in_words(rows, prompts, answers):
     """What a proposer is told: how often which kind of rubric failed, with an example of each.
 
-    rows     rl.py's: {"prompt": the request, "rubrics": [{"name", "check", ("held_out")}]};
-             of rubrics that are held out nothing is told
+    rows     [kit.rubrics.PromptRow], their prompts the requests; of rubrics that are held out
+             nothing is told
     prompts  the requests as they were rewritten
     answers  of a judge: for each picture a list with True, False or None (failed) for each rubric
     """
@@ -344,7 +488,7 @@ model. This is its system prompt:
 ---
 {system}
 ---
-Pictures made that way were judged: {summary}
+Pictures made that way were judged: {failures}
 {tried}Write a better system prompt: general rules that prevent such failures, nothing about \
 single requests. It must still ask that all the user said is kept and that the reply is the prompt \
 alone.
@@ -358,17 +502,18 @@ This was tried before and was not better, or was replaced by a better one: {text
 def propose_by(endpoint):
     """-> propose, for `climb`: the language model behind a kit.chat.Endpoint.
 
-    It is told the failures and the last four system prompts tried. An unusable answer gives None,
+    It is told the failures and the last four others that were tried. An unusable answer gives None,
     which ends the search.
     """
-    def propose(system, summary, tried):
-        earlier = "".join(TRIED_BEFORE.format(text=text) for text in tried[-4:])
-        question = ASK_PROPOSER.format(system=system, summary=summary, tried=earlier)
+    def propose(system, failures, tried):
+        others = [text for text in tried if text != system]
+        earlier = "".join(TRIED_BEFORE.format(text=text) for text in others[-4:])
+        question = ASK_PROPOSER.format(system=system, failures=failures, tried=earlier)
         answer = parse_json(endpoint.one([{"role": "user", "content": question}]))
         if not isinstance(answer, dict):
             return None
         proposed = lens.strip_markers(str(answer.get("system_prompt") or "")).strip()
-        if proposed in ("", system, *tried):
+        if not proposed or proposed in tried:
             return None
         return proposed
 

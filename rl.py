@@ -1,14 +1,14 @@
 """Reward RL with rubrics: pictures are judged fact by fact, and DiffusionNFT makes the good ones
 likelier.
 
-Read before: reason.py, sample.py, train.py; toy/checker.py is the judge of the toy world.
+Read before: kit/rubrics.py, reason.py, sample.py, train.py; toy/checker.py judges the toy world.
 Assumes:     a trained model (`--init`, default weights/toy). It stays frozen: what is learnt is a
              LoRA.
 
 On the toy world everything runs offline and can be verified:
 
     python rl.py --out runs/rl                           # the same command again resumes
-    python sample.py --eval --lora runs/rl --guidance 1  # against the same without --lora
+    python sample.py --eval --lora runs/rl --guidance 1  # compare: without --lora
     python rl.py --judge-check                           # can a judge be trusted?
     python rl.py --search --out runs/search              # a better system prompt, no training
     python sample.py --eval --requests brief --reason --system-prompt runs/search/best.txt
@@ -30,7 +30,7 @@ Where this departs from the paper [ours]: the second-order solver is Adams-Bashf
 a step (the paper does not name its own); the toy takes fewer and smaller groups, fewer steps and a
 smaller rank (`SETTINGS`).
 """
-import collections
+import functools
 import json
 import math
 import shlex
@@ -51,31 +51,28 @@ import sample
 import train
 from kit.chat import Endpoint
 from kit.checkpoint import fetch, load_pipeline, read_metadata, save_pipeline
-from kit.files import (
-    Parser,
-    not_negative,
-    positive,
-    read_json_lines,
-    require,
-    run_command,
-    write_json_lines,
-    write_text,
-)
+from kit.files import Parser, not_negative, positive, require, run_command
 from kit.images import contact_sheet, save_png
 from kit.lora import add_lora, lora_layers, lora_parameters, merge_lora, save_lora, set_lora
-from kit.rubrics import EndpointJudge, read_rows, write_prompts
+from kit.rubrics import (
+    EndpointJudge,
+    gaming,
+    read_rows,
+    reward_of,
+    rubric_shares,
+    write_prompts,
+)
 from kit.run import (
     Log,
     Notice,
     average_decay,
+    choose,
     compile_blocks,
     follow,
     gathered,
     generator,
-    pick_attention,
     pick_device,
     pick_dtype,
-    same_everywhere,
     start_run,
     use_attention,
 )
@@ -91,25 +88,6 @@ from toy.language import REWRITE, edit_guidelines
 from toy.rubrics import print_judge_check, toy_row
 from toy.world import TASKS
 
-# --- From judges to rewards -----------------------------------------------------------------------
-# A prompt comes with rubrics, statements that hold of a good picture (kit.rubrics.PromptRow).
-# judge(pictures, rows) -> for each picture the answers to its row's rubrics: True, False, or None
-# (failed); judge.failed: why answers are None.
-
-def make_judge(url, model, journal=None):
-    """The model behind the endpoint; where there is none, the toy world's checker."""
-    if url:
-        return EndpointJudge(url, model, journal)
-    return Checker()
-
-
-def reward_of(answers, rubrics):
-    """Mean of the rewarded rubrics' answers that came, or NaN where none did."""
-    known = [answer for answer, rubric in zip(answers, rubrics)
-             if answer is not None and not rubric.get("held_out")]
-    return sum(known) / len(known) if known else math.nan
-
-
 # --- DiffusionNFT: from rewards to a loss ---------------------------------------------------------
 
 def advantages(rewards):
@@ -119,7 +97,7 @@ def advantages(rewards):
     must not be blown up. A failed judgement is no reward at all: its advantage is 0.
     """
     known = ~rewards.isnan()
-    # In fp32 a group that agrees would be a rounding away from its mean.
+    # In fp64: a group that agrees would be a rounding away from its mean in fp32.
     value = rewards.nan_to_num().double()
     mean = value.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp_min(1)          # [P, 1]
     spread = value[known].std(correction=0) if known.any() else value.new_zeros(())
@@ -127,11 +105,11 @@ def advantages(rewards):
 
 
 def optimality(advantage):
-    """r = clip(clip(A, +-5) / 10 + 1/2, 0, 1): how much of a picture is to be moved towards.
+    """r = 1/2 + clip(A, +-5) / 10, in [0, 1]: how much of a picture is to be moved towards.
 
-    This is the form of the DiffusionNFT code; the paper's is 1/2 + 1/2 clip(A, +-1).
+    This is the form of DiffusionNFT's released code; its paper has 1/2 + clip(A, +-1) / 2.
     """
-    return (advantage.clamp(-5, 5) / 10 + 0.5).clamp(0, 1)
+    return advantage.clamp(-5, 5) / 10 + 0.5
 
 
 def nft_loss(v, v_old, v_ref, x_t, x0, t, r, beta=1.0, kl=1e-4, adaptive=True):
@@ -144,7 +122,7 @@ def nft_loss(v, v_old, v_ref, x_t, x0, t, r, beta=1.0, kl=1e-4, adaptive=True):
     t, r      [B]        noise level, and the picture's optimality in [0, 1]
     beta                 how far v+ and v- stand apart from v_old
     kl                   weight of |v - v_ref|^2
-    adaptive             False: weights of 1, for the checks with known answers
+    adaptive             each error over its mean size; False: not, for checks with known answers
 
     v+ = (1 - b) v_old + b v and v- = (1 + b) v_old - b v are mirror images: pulling v- to a bad
     picture pushes v away from it.
@@ -155,13 +133,14 @@ def nft_loss(v, v_old, v_ref, x_t, x0, t, r, beta=1.0, kl=1e-4, adaptive=True):
     total = 0
     for share, branch in ((r, plus), (1 - r, minus)):
         error = lens.data_prediction(x_t, branch, t) - x0             # [B, N, C]
-        weight = 1.0
-        if adaptive:
+        scale = 1.0
+        if adaptive:                                # in fp64, as DiffusionNFT's code has it
             size = error.detach().double().abs().mean((1, 2))         # [B]
-            weight = size.clamp_min(1e-5).float()
-        total = total + share * error.square().mean((1, 2)) / weight  # [B]
+            scale = size.clamp_min(1e-5).float()
+        total = total + share * error.square().mean((1, 2)) / scale   # [B]
 
     drift = (v - v_ref).square().mean((1, 2))                         # [B]
+    # v is in each branch times beta: over beta, the gradient's size does not depend on it.
     return total / beta + kl * drift, drift
 
 
@@ -173,11 +152,11 @@ def rollout(model, noise, text, grid, steps):
 
     noise  [G, N, C] fp32;  text  K x [G, S, E];  grid  (h, w).  Returns tokens [G, N, C] fp32.
     """
-    levels = lens.sigmas(noise.shape[1], steps)                       # [steps + 1]
+    sigmas = lens.sigmas(noise.shape[1], steps)                       # [steps + 1], on the CPU
     context = model.prepare(text, None, grid)
-    modulation = model.modulation(levels[:-1].to(noise.device))
+    modulation = model.modulation(sigmas[:-1].to(noise.device))
     dtype = model.proj_out.weight.dtype
-    levels = levels.tolist()
+    levels = sigmas.tolist()
 
     x = noise.float()                                                 # [G, N, C]
     v_before = None
@@ -186,7 +165,7 @@ def rollout(model, noise, text, grid, steps):
         step = levels[i + 1] - levels[i]
 
         # The velocity goes on changing as it just did: take it half a step ahead. The last step is
-        # as long as the two before it, too long for that: it is Euler's.
+        # as long as the two before it together, too far to extrapolate: it is Euler's.
         v_ahead = v
         if v_before is not None and i < steps - 1:
             slope = (v - v_before) / (levels[i] - levels[i - 1])
@@ -209,7 +188,7 @@ class Settings:
     sampler_steps: int        # of the rollout
     times: int                # noise levels that each picture is trained at
     base: int                 # the pictures have the nine sizes of the area base x base
-    batch: int                # noised pictures a forward in training
+    batch: int                # pictures a forward, in sampling and in training
     beta: float = 1.0         # of nft_loss [paper]
     kl: float = 1e-4          # of nft_loss [paper]
     decay: float = 0.9        # of the average of adapters that is evaluated and saved [ours]
@@ -279,11 +258,12 @@ class Policies:
     def learn(self, run, step):
         """`new` goes one step along the gradients of all ranks, `old` and `ema` follow.
 
-        Returns (gradient norm before clipping, eta). A gradient that is not finite touches nothing.
+        Returns (gradient norm before clipping, eta). A gradient that is not finite is dropped, so
+        that `new` stays where it is.
         """
         new = self.parameters("new")
         for p in new:
-            run.sum_over_ranks(p.grad)             # all have divided by the same total
+            run.sum_over_ranks(p.grad)             # a sum: each loss is over the total of all ranks
         norm = torch.nn.utils.clip_grad_norm_(new, train.CLIP).item()
         if math.isfinite(norm):
             self.optimizer.step()
@@ -298,7 +278,8 @@ class Policies:
 
 # --- One step: sample with `old`, judge, train `new` ----------------------------------------------
 
-# Noise is drawn from (seed, step, prompt, picture); in training from this instead of a picture.
+# Noise is drawn from (seed, step, prompt, picture) for sampling, and in training from
+# (seed, step, prompt, NO_PICTURE), which is no picture's number.
 NO_PICTURE = 10**6
 
 
@@ -311,35 +292,13 @@ class Group:
     grid: tuple               # (h, w)
 
 
-@dataclass
-class StepReport:
-    """What the log tells of a step. Means are over all ranks."""
-    step: int
-    loss: float               # no measure of progress: at v = v_old it does not depend on r
-    reward: float             # mean over all pictures; None where no judgement came
-    spread: float             # of rewards within a group, mean over groups
-    rubrics: dict             # {rubric: share of yes}; all held-out ones are one
-    drift: float              # |v - v_ref|^2
-    brightness: float         # of the pictures, in [0, 1]
-    saturation: float         # of the pictures, in [0, 1]
-    diversity: float          # RMS distance between a prompt's pictures, a token channel
-    failures: int             # pictures of this step without a reward
-    judge_failed: int         # judgements that failed since the run was started
-    grad_norm: float          # before clipping
-    eta: float                # how much of itself `old` kept
-    sample_s: float           # seconds: sampling,
-    judge_wait_s: float       # waiting for the judge after it,
-    train_s: float            # and training
-
-
 def make_group(run, model, vae, text, row, settings, key):
     """One prompt's pictures by the policy in use -> Group.
 
     text  K x [1, S, E], the prompt's features
     key   (step, prompt): picture g has noise of its own, drawn from (seed, *key, g)
     """
-    height, width = row["size"]
-    grid = (height // 16, width // 16)
+    grid = data.grid_of(row["size"])
     shape = (grid[0] * grid[1], model.config.in_channels)
     noise = [torch.randn(shape, generator=generator(run.seed, *key, g))
              for g in range(settings.group)]
@@ -360,6 +319,7 @@ def noised_batches(tokens, r, settings, rng):
     """
     levels = lens.sigmas(tokens.shape[1], settings.sampler_steps)[:-1]
     chosen = [levels[torch.randperm(len(levels), generator=rng)[:settings.times]] for _ in tokens]
+    # The whole group at each picture's first level, then at each one's second, and so on.
     t = torch.stack(chosen, 1).flatten()                              # [T * G]
     x0 = tokens.repeat(settings.times, 1, 1)                          # [T * G, N, C]
     r = r.repeat(settings.times)                                      # [T * G]
@@ -379,6 +339,7 @@ def group_loss(run, policies, group, r, total, key):
     settings = policies.settings
     rng = generator(run.seed, *key, NO_PICTURE)
     sums = torch.zeros(2)
+    # On the CPU, where noise and levels are drawn.
     for batch in noised_batches(group.tokens.cpu(), r, settings, rng):
         x0, noise, t, share = [part.to(run.device) for part in batch]
         x_t = lens.add_noise(x0, noise, t)                            # [B, N, C]
@@ -386,7 +347,7 @@ def group_loss(run, policies, group, r, total, key):
         with torch.no_grad():
             v_old = policies.velocity("old", x_t, t, text, group.grid)
             v_ref = policies.velocity(None, x_t, t, text, group.grid)
-        # Last of the three: blocks that are computed again backwards must still be those of `new`.
+        # Last of the three: what is recomputed in the backward pass uses the adapter in use then.
         v = policies.velocity("new", x_t, t, text, group.grid)        # [B, N, C]
 
         loss, drift = nft_loss(v, v_old, v_ref, x_t, x0, t, share, settings.beta, settings.kl)
@@ -419,10 +380,13 @@ def sample_and_judge(run, pipeline, policies, judge, rows, step):
 
 
 def rl_step(run, pipeline, policies, judge, rows, step):
-    """One step: sample with `old`, judge, train `new` -> StepReport.
+    """One step: sample with `old`, judge, train `new` -> the step's row of the log.
 
     pipeline  (transformer, vae, text encoder)
     rows      [P] PromptRow of this step; each rank has its share of them
+
+    The row's means are over all ranks. Its loss is no measure of progress: at v = v_old it does not
+    depend on r.
     """
     settings = policies.settings
     began = time.perf_counter()
@@ -435,7 +399,8 @@ def rl_step(run, pipeline, policies, judge, rows, step):
     r = optimality(advantages(rewards))                               # [P, G]
     judged_at = time.perf_counter()
 
-    # The attention that is fastest backwards is not the one that samples fastest.
+    # The attention that is fastest backwards is not the one that samples fastest: training has its
+    # own, then PyTorch chooses again.
     use_attention(run.attention)
     sums, total = torch.zeros(2), len(rows) * settings.group * settings.times
     for p, group in groups.items():
@@ -443,25 +408,27 @@ def rl_step(run, pipeline, policies, judge, rows, step):
     use_attention()
     grad_norm, eta = policies.learn(run, step)
 
+    # Gathered and not reduced: these sums are on the CPU, where NCCL does not reach.
     loss, drift = (torch.stack(gathered(sums)).sum(0) / total).tolist()
     brightness, saturation, diversity = picture_statistics(groups.values())
-    return StepReport(
-        step=step + 1,
-        loss=loss,
-        reward=known_mean(rewards),
-        spread=known_mean(rewards.std(1, correction=0)),
-        rubrics=rubric_shares(answers, rows),
-        drift=drift,
-        brightness=brightness,
-        saturation=saturation,
-        diversity=diversity,
-        failures=int(rewards.isnan().sum()),
-        judge_failed=sum(gathered(len(judge.failed))),
-        grad_norm=grad_norm,
-        eta=eta,
-        sample_s=round(sampled_at - began, 3),
-        judge_wait_s=round(judged_at - sampled_at, 3),
-        train_s=round(time.perf_counter() - judged_at, 3))
+    return {
+        "step": step + 1,
+        "loss": loss,
+        "reward": known_mean(rewards),             # None where no judgement came
+        "spread": known_mean(rewards.std(1, correction=0)),          # of rewards within a group
+        "rubrics": rubric_shares(answers, rows),
+        "drift": drift,                            # |v - v_ref|^2
+        "brightness": brightness,                  # of the pictures, in [0, 1]
+        "saturation": saturation,                  # likewise
+        "diversity": diversity,                    # RMS distance between a prompt's pictures
+        "failures": int(rewards.isnan().sum()),    # pictures without a reward, of this step
+        "judge_failed": sum(gathered(len(judge.failed))),  # judgements, since the run was started
+        "grad_norm": grad_norm,                    # before clipping
+        "eta": eta,                                # how much of itself `old` kept
+        "sample_s": round(sampled_at - began, 3),
+        "judge_wait_s": round(judged_at - sampled_at, 3),            # after the sampling
+        "train_s": round(time.perf_counter() - judged_at, 3),
+    }
 
 
 def from_all_ranks(own):
@@ -476,21 +443,6 @@ def known_mean(x):
     """Mean of what is not NaN, or None."""
     known = x[~x.isnan()]
     return known.mean().item() if len(known) else None
-
-
-def rubric_shares(answers, rows):
-    """{rubric: share of yes}; the held-out ones count as one, "held_out"."""
-    by_name = collections.defaultdict(list)
-    for group, row in zip(answers, rows):
-        for judged in group:
-            for answer, rubric in zip(judged, row["rubrics"]):
-                name = "held_out" if rubric.get("held_out") else rubric["name"]
-                if answer is not None:
-                    by_name[name].append(answer)
-
-    # A file's rubrics have a thousand names: the commonest are enough.
-    common = sorted(by_name, key=lambda name: -len(by_name[name]))[:16]
-    return {name: round(sum(by_name[name]) / len(by_name[name]), 4) for name in common}
 
 
 def picture_statistics(groups):
@@ -509,33 +461,6 @@ def picture_statistics(groups):
 # --- The loop -------------------------------------------------------------------------------------
 
 @dataclass
-class Watch:
-    """Says when the reward rises while diversity or the held-out rubrics fall: it is being gamed.
-
-    Compares the means of the newest ten steps with those of the first ten.
-    """
-    first: list = field(default_factory=list)      # [(reward, diversity, held-out rubrics' share)]
-    last: list = field(default_factory=list)       # the same
-
-    def __call__(self, reward, diversity, held_out):
-        """Takes one step's numbers -> the warning, "" where there is none."""
-        now = (reward, diversity, held_out)
-        if len(self.first) < 10:
-            self.first.append(now)
-        self.last = (self.last + [now])[-10:]
-
-        reward_then, diversity_then, held_out_then = np.mean(self.first, axis=0)
-        reward_now, diversity_now, held_out_now = np.mean(self.last, axis=0)
-        if reward_now <= reward_then + 0.02:
-            return ""
-        if diversity_now < 0.8 * diversity_then:
-            return f"diversity fell to {diversity_now / diversity_then:.2f} of the start's"
-        if held_out_now < held_out_then - 0.05:
-            return f"the held-out rubrics fell from {held_out_then:.2f} to {held_out_now:.2f}"
-        return ""
-
-
-@dataclass
 class Progress:
     """How far a run is: with adapters and moments, all that a resume needs."""
     bf16: bool                # type of the frozen base: a resumed run keeps to what a clock chose
@@ -544,7 +469,7 @@ class Progress:
     seconds: float = 0.0      # of training, evaluation left out
     base: dict = field(default_factory=dict)       # scores of the frozen model
     scores: dict = field(default_factory=dict)     # newest scores of `ema`
-    watch: Watch = field(default_factory=Watch)
+    history: list = field(default_factory=list)    # of every step, for `gaming`
 
 
 @dataclass
@@ -586,8 +511,8 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
     """
     config = lens.SIZES[size].transformer
     usual_text, _ = train.text_tokens(size)
-    tokens = (settings.base // 16)**2 + usual_text
-    why = choose_speed(run, config, tokens, dtype, kept=kept_progress(run.out))
+    tokens = (settings.base // data.CELL)**2 + usual_text
+    why = choose(run, config, tokens, kept_progress(run.out), dtype)
 
     pipeline = load_base(run, init, size)
     model = pipeline[0]
@@ -603,7 +528,8 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
     run.say(f"a step: {settings.prompts} prompts x {settings.group} pictures of {len(rows)}, "
             f"{settings.sampler_steps} sampler steps, {settings.times} noise levels")
     viewer = Viewer(policies, pipeline, shown, per_task)
-    if progress.step == 0 and run.rank == 0:       # what the run will be held against
+    # What the run will be held against: `ema` is no change yet.
+    if progress.step == 0 and run.rank == 0:
         if schedule.preview_every:
             viewer.sheet(run.out / "before.png")
         if schedule.eval_every:
@@ -616,19 +542,19 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
     while progress.step < settings.steps and not stop:
         begin = time.perf_counter()
         chosen = rows_of_step(rows, settings.prompts, progress.step, run.seed)
-        report = rl_step(run, pipeline, policies, judge, chosen, progress.step)
+        row = rl_step(run, pipeline, policies, judge, chosen, progress.step)
         progress.step += 1
         progress.seconds += time.perf_counter() - begin
+        row["seconds"] = round(progress.seconds, 2)
 
         stop = any(gathered(notice.given))
-        row = {**asdict(report), "seconds": round(progress.seconds, 2)}
-        row |= watch_and_view(run, viewer, progress, report, schedule, bar)
+        row |= watch_and_view(run, viewer, progress, row, schedule, bar)
         log(**row)
         if stop or due(schedule.save_every, progress.step, settings.steps):
             save(run, policies, progress, same_run)
             log.draw()
         bar.update()
-        bar.set_postfix_str(in_brief(report))
+        bar.set_postfix_str(in_brief(row))
     bar.close()
 
     if stop:
@@ -648,12 +574,13 @@ def rows_of_step(rows, count, step, seed):
     return chosen
 
 
-def watch_and_view(run, viewer, progress, report, schedule, bar):
+def watch_and_view(run, viewer, progress, row, schedule, bar):
     """What may follow a step: a warning, an evaluation, a contact sheet. -> more for the log."""
     more = {}
     step, steps = progress.step, viewer.policies.settings.steps
-    warning = progress.watch(report.reward or 0.0, report.diversity,
-                             report.rubrics.get("held_out", 0.0))
+    held_out = row["rubrics"].get("held_out", 0.0)
+    progress.history.append((row["reward"] or 0.0, row["diversity"], held_out))
+    warning = gaming(progress.history)
     if warning:
         more["warning"] = warning
         if step % 10 == 0 and run.rank == 0:
@@ -677,37 +604,15 @@ def in_words(scores):
     return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
 
 
-def in_brief(report):
-    reward = math.nan if report.reward is None else report.reward
-    words = f"reward {reward:.3f}, diversity {report.diversity:.2f}"
-    if report.judge_failed:
-        words += f", {report.judge_failed} judgements failed"
+def in_brief(row):
+    reward = math.nan if row["reward"] is None else row["reward"]
+    words = f"reward {reward:.3f}, diversity {row['diversity']:.2f}"
+    if row["judge_failed"]:
+        words += f", {row['judge_failed']} judgements failed"
     return words
 
 
 # --- What a run begins with, and what it leaves ---------------------------------------------------
-
-def choose_speed(run, config, tokens, dtype=None, kept=None):
-    """Sets run.bf16, of the frozen base, and run.attention, of training -> a line that says why.
-
-    tokens  of a usual training sequence
-    dtype   "fp32" or "bf16"; None: as the run began, and where it begins the faster one
-    kept    the progress of a run that is resumed: it keeps to its kernel
-    """
-    if kept and dtype is None:
-        chosen, why = torch.bfloat16 if kept["bf16"] else torch.float32, "as the run began"
-    else:
-        kind = torch.device(run.device).type
-        chosen, why = same_everywhere(pick_dtype(kind, dtype, config.inner_dim))
-    if kept:
-        kernel, why_kernel = kept["attention"], "as the run began"
-    else:
-        kernel, why_kernel = same_everywhere(
-            pick_attention(run.device, chosen, config, tokens, learns=True))
-
-    run.bf16, run.attention = chosen == torch.bfloat16, kernel
-    return f"{str(chosen).removeprefix('torch.')}: {why}; {kernel} attention ({why_kernel})"
-
 
 def load_base(run, init, size):
     """(transformer, vae, text encoder) of --init. LensError where it is not of --size."""
@@ -724,14 +629,14 @@ def resume(run, policies, same_run):
     kept = load_state(run, policies.groups(), [policies.optimizer], same_run)
     if kept is None:
         return Progress(run.bf16, run.attention)
-    kept |= {"watch": Watch(**kept["watch"]), "bf16": run.bf16, "attention": run.attention}
-    progress = Progress(**kept)
+    progress = Progress(**{**kept, "bf16": run.bf16, "attention": run.attention})
     run.say(f"resuming {run.out} at step {progress.step}")
     return progress
 
 
 def save(run, policies, progress, same_run):
-    """The average of the adapters in PEFT's format, which sample.py --lora takes; and the state."""
+    """The average of the adapters in PEFT's format, which sample.py --lora takes; and the state,
+    last: a run that is killed between the two makes the same adapter again."""
     if run.rank == 0:
         save_lora(policies.model, run.out, "ema", {
             "command": shlex.join(["python", "rl.py", *sys.argv[1:]]),
@@ -756,148 +661,29 @@ def merge(init, lora, out):
     print(f"wrote {out}: {count} layers changed")
 
 
-# --- The search for a system prompt: reason.climb, with pictures and a judge ----------------------
+# --- What the search for a system prompt works with -----------------------------------------------
 
-def parts_of_search(search):
-    """{what a trial is for, as reason.climb calls it: (set of requests, first, last + 1)}."""
-    half = search.pairs // 2
-    return {
-        "summary": ("summary", 0, search.summary),
-        "pairs 1": ("pairs", 0, half),
-        "pairs 2": ("pairs", half, search.pairs),
-        "final": ("final", 0, search.final),
-    }
+def make_trials(init, device, dtype, rows, size, batch_size, judge, make_reasoner, start, search,
+                seed):
+    """-> reason.Trials of the model --init, with its own number of steps and guidance.
 
-
-@dataclass
-class Trials:
-    """Pictures the same requests, from the same noises, under several system prompts; has them
-    judged."""
-    pipeline: tuple           # (transformer, vae, text encoder)
-    reasoner: reason.Reasoner
-    judge: object
-    rows: list                # [PromptRow]; their prompts are the requests
-    search: reason.Search
-    seed: int
-    size: tuple               # (height, width)
-    steps: int                # of the sampler
-    guidance: float
-    batch_size: int
-
-    def __post_init__(self):
-        """Deals the rows into three sets: no request is in two."""
-        order = np.random.default_rng(self.seed).permutation(len(self.rows))
-        self.sets = dict(zip(("summary", "pairs", "final"), np.array_split(order, 3)))
-
-    def __call__(self, which, k, systems):
-        """-> (rewards [len(systems), n], the failures under the last of them in words).
-
-        which  "summary", "pairs 1", "pairs 2" or "final";  k: each candidate has other requests
-        """
-        name, begin, end = parts_of_search(self.search)[which]
-        order = np.random.default_rng((self.seed, 1, k)).permutation(self.sets[name])[begin:end]
-        rows = [self.rows[i] for i in order]
-        requests = [row["prompt"] for row in rows]
-        seeds = [1000 * k + int(i) for i in order]
-        height, width = self.size
-
-        rewards = []
-        for system in systems:
-            prompts = self.reasoner.rewrite(requests, system=system, seed=self.seed)
-            pictures = sample.generate(
-                prompts, self.pipeline, seeds=seeds, height=height, width=width, steps=self.steps,
-                guidance=self.guidance, batch_size=self.batch_size, progress=True)
-            answers = self.judge(pictures, rows)
-            rewards.append([reward_of(own, row["rubrics"]) for own, row in zip(answers, rows)])
-            failed = dict(collections.Counter(self.judge.failed))
-            require(not np.isnan(rewards[-1]).all(),
-                    f"no answer from the judge at --endpoint: {failed}; is the URL right up to "
-                    "and with /v1, and LENS_API_KEY set?")
-        return np.array(rewards), reason.failures_in_words(rows, prompts, answers)
-
-
-class SearchLog:
-    """search.jsonl: the search's settings, its candidates, at last what was gained; best.txt."""
-
-    def __init__(self, out, settings):
-        """settings: {"--flag": value}. LensError where `out` holds a search with others."""
-        self.out, self.settings = Path(out), settings
-        self.candidates = []
-        lines = read_json_lines(self.out / "search.jsonl")
-        if lines:
-            kept = lines[0].get("settings", {})
-            differ = [name for name in settings if kept.get(name) != settings[name]]
-            require(not differ, f"{out} holds another search, which differs in "
-                    f"{', '.join(differ)}: give another --out, or the same settings")
-            self.candidates = [reason.Candidate(**line) for line in lines[1:]
-                               if "final" not in line]
-        self.write(self.candidates)
-
-    def write(self, candidates, final=None):
-        lines = [{"settings": self.settings}] + [asdict(candidate) for candidate in candidates]
-        if final:
-            lines.append(final)
-        write_json_lines(self.out / "search.jsonl", lines)
-        best = reason.best_system(self.settings["--system-prompt"], candidates)
-        write_text(self.out / "best.txt", best + "\n")
-
-
-def search_prompt(out, init, rows, same, *, judge, seed, steps, search, size, batch_size, device,
-                  dtype, toy, endpoint=None, model="default", reasoner_model=None,
-                  system_prompt=None):
-    """Searches for a better system prompt of the reasoner; nothing is trained.
-
-    rows             [PromptRow], their prompts are requests;  toy: they are the toy world's
-    same             {"--flag": value} that a later call must share to go on with this search
-    steps            system prompts to try;  search: reason.Search, pictures for each
-    size             (height, width) of the pictures
-    endpoint, model  who proposes; None: the toy's proposer, a program
-    reasoner_model   who at the endpoint rewrites; None: the text encoder
-    system_prompt    a file with the one to start from; None: the reasoner's own
+    make_reasoner(notes, encoder) -> reason.Reasoner;  start: its system prompt, where not its own
     """
-    out = Path(out)
     folder = fetch(init, ("transformer", "vae", "text_encoder"))
     notes = read_metadata(folder)
     pipeline = load_pipeline(folder, device, dtype)
-    reasoner = sample.make_reasoner(
-        notes, pipeline[2], system_prompt, endpoint if reasoner_model else None, reasoner_model,
-        out / "reasoner.jsonl", seed)
-    start = reasoner.system
-    if toy and system_prompt is None:
-        start = REWRITE                            # bare: all that helps is to be found
-    propose = edit_guidelines
-    if endpoint:
-        propose = reason.propose_by(Endpoint(endpoint, model, out / "proposer.jsonl"))
+    height, width = size
+    steps, guidance = sample.sampler_settings(notes)
+    reasoner = make_reasoner(notes, pipeline[2])
+    if start is not None:
+        reasoner = replace(reasoner, system=start)
 
-    sampler_steps, guidance = sample.sampler_settings(notes)
-    trials = Trials(pipeline, reasoner, judge, rows, search, seed, size, sampler_steps, guidance,
-                    batch_size)
-    log = SearchLog(out, {**same, "--system-prompt": start})
-    print(f"start, {len(log.candidates)} candidates judged before:\n    {start}")
-    best = reason.climb(start, trials, propose, steps, log.candidates, log.write, seed)
+    def generate(prompts, seeds):
+        return sample.generate(
+            prompts, pipeline, seeds=seeds, height=height, width=width, steps=steps,
+            guidance=guidance, batch_size=batch_size, progress=True)
 
-    final = gain_over(start, best, trials)
-    log.write(log.candidates, final)
-    print(json.dumps(final))
-    print(f"done: python sample.py --reason --system-prompt {out}/best.txt")
-
-
-def gain_over(start, best, trials):
-    """What the best system prompt gained, on requests that no candidate has met: for the log."""
-    (before, after), _ = trials("final", 0, [start, best])
-    _, p, gain = reason.better(before, after, alpha=0.05, seed=trials.seed)
-    spread = float(np.nanstd(after - before))
-    return {
-        "final": True,
-        "requests": len(before),
-        "start": round(float(np.nanmean(before)), 4),
-        "best": round(float(np.nanmean(after)), 4),
-        "gain": round(gain, 4),
-        "p": round(p, 5),
-        "error": round(spread / math.sqrt(len(before)), 4),          # standard error of the gain
-        "right_start": round(float((before == 1).mean()), 4),        # pictures without a failure
-        "right_best": round(float((after == 1).mean()), 4),
-    }
+    return reason.Trials(rows, reasoner, generate, judge, search, seed)
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -929,7 +715,7 @@ def arguments(argv):
     add("--data", metavar="FILE",
         help="prompts with rubrics, JSON lines (default: the toy world's)")
     add("--pool", type=positive, default=1000, metavar="N",
-        help="different prompts of the toy world, or to write (default: %(default)s)")
+        help="prompts of the toy world, or to write (default: %(default)s)")
     add("--tasks", default=",".join(TASKS), help="of the toy world's prompts (default: all six)")
     add("--endpoint", metavar="URL", help="the judge: an OpenAI-compatible server, up to and with "
         "/v1; its key is read from LENS_API_KEY (default: the toy's checker)")
@@ -951,15 +737,11 @@ def arguments(argv):
 
     args = parser.parse_args(argv)
     require(set(args.tasks.split(",")) <= set(TASKS), f"--tasks: choose among {', '.join(TASKS)}")
-    needs_endpoint = args.write_prompts or (args.data and not args.merge)
-    require(args.endpoint or not needs_endpoint,
-            "pictures of real prompts are judged, and their prompts written, by a model behind "
-            "--endpoint URL (key in LENS_API_KEY)")
-    needs_rows = not (args.write_prompts or args.judge_check or args.merge)
-    require(not needs_rows or args.data or args.size in ("nano", "toy"),
-            f"--size {args.size}: name prompts with rubrics with --data (rl.py --write-prompts "
-            "makes them); the toy world is for --size toy or nano")
     return args
+
+
+NEEDS_ENDPOINT = ("pictures of real prompts are judged, and their prompts written, by a model "
+                  "behind --endpoint URL (key in LENS_API_KEY)")
 
 
 def main(argv=None):
@@ -972,34 +754,47 @@ def main(argv=None):
             "--pool": args.pool, "--tasks": args.tasks}
 
     if args.write_prompts:
+        require(args.endpoint, NEEDS_ENDPOINT)
         write_prompts(args.write_prompts, args.endpoint, args.model, args.pool, args.seed)
         return
 
     if args.judge_check:
         judge = make_judge(args.endpoint, args.model)
-        size = data.bucket(sample.TOY_BASE)
-        print_judge_check(judge, min(args.pool, 120), args.seed, size)
+        print_judge_check(judge, min(args.pool, 120), args.seed, data.bucket(sample.TOY_BASE))
         return
 
     if args.merge:
         merge(args.init, args.out, args.merge)
         return
 
+    require(args.endpoint or args.data is None, NEEDS_ENDPOINT)
+    require(args.data or args.size in ("nano", "toy"),
+            f"--size {args.size}: name prompts with rubrics with --data (rl.py --write-prompts "
+            "makes them); the toy world is for --size toy or nano")
+
     if args.search:
-        device = pick_device(args.device)
+        device, out = pick_device(args.device), Path(args.out)
         dtype, _ = pick_dtype(device, args.dtype, lens.SIZES[args.size].transformer.inner_dim)
         same |= {"--requests": args.requests, "--model": args.model,
                  "--reasoner-model": args.reasoner_model}
-        rows = make_rows(args.data, args.seed, args.pool, tasks, [size], args.requests)
-        require(len(rows) >= 12,
-                f"{len(rows)} prompts are too few for a search: three sets are made of them")
-        judge = make_judge(args.endpoint, args.model, Path(args.out) / "judge.jsonl")
-        search_prompt(
-            args.out, args.init, rows, same, judge=judge, seed=args.seed,
-            steps=args.steps or 8, search=reason.SEARCH.get(args.size, reason.SEARCH["full"]),
-            size=size, batch_size=min(32, settings.batch), device=device, dtype=dtype,
-            toy=args.data is None, endpoint=args.endpoint, model=args.model,
-            reasoner_model=args.reasoner_model, system_prompt=args.system_prompt)
+        # Without a model's name the text encoder rewrites, whoever judges and proposes.
+        make_reasoner = functools.partial(
+            sample.make_reasoner, system_prompt=args.system_prompt,
+            endpoint=args.endpoint if args.reasoner_model else None, model=args.reasoner_model,
+            journal=out / "reasoner.jsonl", seed=args.seed)
+        start, propose = None, edit_guidelines
+        if args.data is None and args.system_prompt is None:
+            start = REWRITE                        # bare: all that helps is to be found
+        if args.endpoint:
+            propose = reason.propose_by(Endpoint(args.endpoint, args.model, out / "proposer.jsonl"))
+
+        trials = make_trials(
+            args.init, device, dtype, batch_size=min(32, settings.batch), size=size, start=start,
+            rows=make_rows(args.data, args.seed, args.pool, tasks, [size], args.requests),
+            judge=make_judge(args.endpoint, args.model, out / "judge.jsonl"),
+            make_reasoner=make_reasoner, seed=args.seed,
+            search=reason.SEARCH.get(args.size, reason.SEARCH["full"]))
+        reason.search_prompt(out, trials, propose, args.steps or 8, same)
         return
 
     settings = replace(settings, steps=args.steps or settings.steps, lr=args.lr or settings.lr)
@@ -1020,6 +815,13 @@ def main(argv=None):
     schedule = train.Schedule(args.save_every, eval_every, args.preview_every)
     train_policy(run, args.init, args.size, rows, shown, settings, same, judge, schedule,
                  args.per_task, args.dtype, args.compile)
+
+
+def make_judge(url, model, journal=None):
+    """The model behind the endpoint; where there is none, the toy world's checker."""
+    if url:
+        return EndpointJudge(url, model, journal)
+    return Checker()
 
 
 def make_rows(path, seed, pool, tasks, sizes, style="dense"):

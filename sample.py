@@ -1,6 +1,6 @@
 """From a request to a PNG: encode the prompt, denoise, decode, write; and the evaluation.
 
-Read before: lens.py and vae.py; for --eval toy/world.py and toy/checker.py.
+Read before: lens.py and vae.py; for --reason reason.py; for --eval toy/world.py, toy/checker.py.
 Assumes:     weights in a layout that kit/checkpoint.py reads. Without --weights it takes the toy
              that the repository ships, which runs on any laptop in seconds.
 
@@ -12,13 +12,10 @@ Assumes:     weights in a layout that kit/checkpoint.py reads. Without --weights
     python sample.py --prompt "a couple of crimson discs" --reason       # reworded as captions are
     python sample.py --eval                                              # the six tasks of the toy
 
-The sampler is Euler's method on dx/dt = v(x, t), from noise at t = 1 to data at t = 0 [paper]. With
-guidance g the model runs twice a step, with the prompt and without any, and the step goes along
-u + g (c - u), scaled back to the length of c [checkpoint]. Prompts of unequal length never share a
-batch: nothing is padded, so no attention needs a mask, and a picture is the same whatever was made
-beside it.
+The sampler is `denoise`: Euler's method, and under guidance two velocities a step, with the prompt
+and without it (`guide`). Prompts of unequal length never share a batch: nothing is padded, so no
+attention needs a mask, and a picture is the same whatever was made beside it.
 """
-import contextlib
 import functools
 import hashlib
 import json
@@ -71,33 +68,34 @@ STEPS = 20               # [checkpoint] where weights do not say otherwise
 GUIDANCE = 5.0           # [checkpoint]
 BASE = 1024              # [checkpoint] pictures of 1024 x 1024
 TOY_BASE = 128           # [ours] the toy's own size
-MAX_AREA = 1440**2       # [paper] the largest area that the model generalises to, untrained
-ENCODER = "the text encoder"       # the reasoner's name where no endpoint is
-SHARE_TOKENS = 512       # [ours] image tokens up to which guidance's branches share a forward
+MAX_AREA = 1440**2       # [paper] works too, though training ends at 1024 x 1024
+USUAL_TEXT = 128         # text tokens of a usual caption: the paper's have 109 words
 
 
 # --- The sampler ----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def denoise(model, noise, text, text_mask, grid, steps, guidance=1.0, negative=None,
-            negative_mask=None, on_step=None, start=0, share_tokens=SHARE_TOKENS):
+def denoise(model, x, text, text_mask, grid, steps, guidance=1.0, negative_text=None,
+            on_step=None, start=0, share_tokens=None):
     """Euler's method on dx/dt = v(x, t), from noise at t = 1 to data at t = 0. [paper]
 
-    noise      [B, N, C] fp32, N = h * w: the state at level `start` (0: noise alone)
-    text       K x [B, S, E]; None: no text at all
-    text_mask  [B, S] bool; None: every token is visible
-    grid       (h, w) tokens;  steps: number of levels
-    guidance   1.0: none, and one forward a step
-    negative   features of a negative prompt, as `text`; None: that branch sees no text at all
-    on_step    called as on_step(i, x, v) after step i
+    x              [B, N, C] fp32, N = h * w: noise; with a `start` above 0 the state at that level
+    text           K x [B, S, E]; None: no text at all
+    text_mask      [B, S] bool; None: every token is visible
+    grid           (h, w) tokens;  steps: number of levels
+    guidance       1.0: none, and one forward a step
+    negative_text  features of a negative prompt, as `text`; None: that branch sees no text at all
+    on_step        called as on_step(i, x, v) after step i
+    share_tokens   see `share_limit`; None: what it says of the device
     Returns tokens [B, N, C] fp32.
     """
-    levels = lens.sigmas(noise.shape[1], steps).to(noise.device)                   # [steps + 1]
-    share = len(noise) * noise.shape[1] <= share_tokens
-    velocity = GuidedVelocity(model, text, text_mask, negative, negative_mask, grid, levels,
-                              guidance, share)
+    if share_tokens is None:
+        share_tokens = share_limit(x.device)
+    levels = lens.sigmas(x.shape[1], steps).to(x.device)                           # [steps + 1]
+    velocity = GuidedVelocity(model, text, text_mask, negative_text, None, grid, levels, guidance,
+                              share=x.shape[0] * x.shape[1] <= share_tokens)
 
-    x = noise.float()                              # fp32: twenty small sums
+    x = x.float()                                  # bf16 would round away parts of small steps
     for i in range(start, steps):
         v = velocity(x, i)                                                         # [B, N, C]
         x = lens.euler_step(x, v, levels[i], levels[i + 1])
@@ -106,23 +104,34 @@ def denoise(model, noise, text, text_mask, grid, steps, guidance=1.0, negative=N
     return x
 
 
+def share_limit(device):
+    """Up to so many image tokens in a batch, guidance's two branches share one forward. [ours]
+
+    That halves the calls and reads every weight once. At full size, compiled, on an H200 a picture
+    of 512 x 512 (1024 tokens) took 1.0 s instead of 1.7; at 1024 x 1024 (4096) nothing changed.
+    """
+    return 512 if torch.device(device).type == "cpu" else 2048
+
+
 class GuidedVelocity:
     """v(x, t_i) under guidance. What does not depend on x is made once, here: the projected text,
-    the rotary angles, and the modulation of every block at every step (a third of the weights)."""
+    the rotary angles, and the modulation of every block at every step (a third of the weights).
 
-    def __init__(self, model, text, text_mask, negative, negative_mask, grid, levels, guidance,
-                 share):
+    share: run both branches in one forward, where they differ in the text alone. Then x stands
+    twice in the batch, and the text of `cond` is seen by the first half alone (see lens.Context).
+    """
+
+    def __init__(self, model, text, text_mask, negative_text, negative_mask, grid, levels,
+                 guidance, share):
         self.model = model
         self.guidance = guidance
         self.dtype = model.proj_out.weight.dtype
         self.modulation = model.modulation(levels[:-1])
         self.cond = model.prepare(text, text_mask, grid)
         self.uncond = None
-        if guidance != 1.0:
-            self.uncond = model.prepare(negative, negative_mask, grid)
-        # Two branches that differ in the text alone can share one forward (see lens.Context).
-        # While they are small that is faster: half the calls, and every weight is read once.
-        self.share_forward = share and text is not None and negative is None
+        self.share_forward = share and text is not None and negative_text is None
+        if guidance != 1.0 and not self.share_forward:
+            self.uncond = model.prepare(negative_text, negative_mask, grid)
 
     def __call__(self, x, i):
         """x [B, N, C] fp32 at level i -> velocity [B, N, C] fp32."""
@@ -144,8 +153,8 @@ class GuidedVelocity:
 def guide(cond, uncond, guidance):
     """u + g (c - u), each token then scaled to the length of c: [B, N, C]. [checkpoint]
 
-    Without the scaling, guided tokens grow longer than any that the decoder has met, and colours
-    burn out.
+    c, u, g: the velocity with the prompt (cond), without it (uncond), and the guidance. Without the
+    scaling, guided tokens grow longer than any that the decoder has met, and colours burn out.
     """
     guided = uncond + guidance * (cond - uncond)
     length = guided.norm(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -161,16 +170,18 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
     """One PIL image a prompt, in order.
 
     pipeline    (transformer, vae, text encoder or None), already loaded; else `weights` is loaded
-    height, width, steps, guidance   None: what the weights say of themselves where they are
-                loaded here, else the defaults above
+    height, width, steps, guidance   None: what the notes of `weights` say, where these are loaded;
+                else the defaults above
     seeds       one a picture (default: seed, seed + 1, ...); the same seed gives the same picture
                 in any batch
     negative    a negative prompt;  on_step: see `denoise`
     features    what encoder.encode_each gave for prompts + [negative]
-    images      one PIL image a prompt to start from, noised to `strength` (1: all noise)
+    images      one PIL image a prompt to start from, stretched to the size. It is noised to the
+                level from which the last `strength` of the steps remain (1: to noise alone)
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    notes = {}
+    require(0 < strength <= 1, f"strength {strength}: must be above 0 and at most 1")
+    notes = {}                                     # {"steps", "guidance", "base", "words"} as text
     if pipeline is None:
         notes = read_metadata(weights)
         device = pick_device()
@@ -180,9 +191,9 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
     channels = transformer.config.in_channels
 
     steps, guidance = sampler_settings(notes, steps, guidance)
-    home = int(notes.get("base", TOY_BASE if channels < 128 else BASE))
-    height, width = height or home, width or home
-    grid = (height // 16, width // 16)             # the autoencoder's 8x, then 2 x 2 to a token
+    base = usual_base(notes, channels)
+    height, width = height or base, width or base
+    grid = data.grid_of((height, width))
     if seeds is None:
         seeds = [seed + i for i in range(len(prompts))]
     if features is None:
@@ -191,7 +202,7 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
 
     start = 0
     if images:
-        start = min(steps - 1, steps - max(1, round(steps * strength)))
+        start = steps - max(1, round(steps * strength))
     batches = batches_of_one_length(features, batch_size)
     bar = tqdm(total=len(batches) * (steps - start), desc="denoise", unit="step",
                disable=not progress, leave=False)
@@ -209,13 +220,14 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
             level = lens.sigmas(noise.shape[1], steps)[start].item()
             noise = lens.add_noise(to_tokens(vae, begin), noise, level)
 
-        text, unwanted = None, None                # no text at all
-        if features[batch[0]] is not None:
+        text, negative_text = None, None           # no text at all
+        if features[batch[0]] is not None:         # then none of the batch is: all are as long
             text = list(torch.stack([features[i] for i in batch], 1).to(device))   # K x [B, S, E]
         if negative_features is not None:
-            unwanted = [layer.expand(len(batch), -1, -1) for layer in negative_features.to(device)]
+            negative_text = [layer.expand(len(batch), -1, -1)
+                             for layer in negative_features.to(device)]            # K x [B, S, E]
 
-        tokens = denoise(transformer, noise, text, None, grid, steps, guidance, unwanted,
+        tokens = denoise(transformer, noise, text, None, grid, steps, guidance, negative_text,
                          on_step=after_step, start=start)                          # [B, N, C]
         for i, picture in zip(batch, to_pictures(vae, tokens, grid)):
             pictures[i] = picture
@@ -264,6 +276,13 @@ def sampler_settings(notes, steps=None, guidance=None):
     return steps, guidance
 
 
+def usual_base(notes, channels):
+    """Side in pixels of a usual picture: what the weights' notes say, else by the channels of a
+    token: the released model has 128, the toy fewer."""
+    default = BASE if channels >= 128 else TOY_BASE
+    return int(notes.get("base", default))
+
+
 # --- Features on the disk: a prompt that was encoded once needs no encoder again ------------------
 
 def cached_features(folder, prompts, device, dtype, date=lens.DATE, cache="", encoder=None):
@@ -271,8 +290,9 @@ def cached_features(folder, prompts, device, dtype, date=lens.DATE, cache="", en
     there.
 
     folder    the pipeline's folder;  cache: a folder, "" for none
-    encoder   loaded already; else it is loaded only where something is missing, used, and let go
-              before the denoiser comes: a 24 GB card never has to hold both
+    encoder   one that is loaded already. None: it is loaded where something is missing, and let go
+              again before the denoiser comes: a 24 GB card never has to hold both
+    Returns [features], None for an empty prompt.
     """
     paths = [None] * len(prompts)
     if cache:
@@ -283,6 +303,7 @@ def cached_features(folder, prompts, device, dtype, date=lens.DATE, cache="", en
                 paths[i] = Path(cache) / f"{name}.safetensors"
 
     features = [read_features(path) for path in paths]
+    # None so far: not in the cache, or an empty prompt, which has no features.
     missing = [i for i, own in enumerate(features) if own is None and prompts[i].strip()]
     if missing:
         if encoder is None:
@@ -296,12 +317,17 @@ def cached_features(folder, prompts, device, dtype, date=lens.DATE, cache="", en
 def feature_key(folder, dtype, date):
     """What features depend on beside the prompt: the encoder's weights, its tokenizer, the layers
     that are read, the chat form around the prompt, its date, and the precision."""
-    _, config = locate(folder, "transformer")
-    layers = lens.LensConfig.from_dict(config or {}).selected_layer_index
+    layers = denoiser_config(folder).selected_layer_index
     tokenizer = part_folder(Path(folder), "tokenizer") / "tokenizer.json"
     parts = (identity(folder, "text_encoder"),
              file_hash(tokenizer) if tokenizer.exists() else "", layers, lens.CHAT, date, dtype)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def denoiser_config(folder):
+    """The LensConfig of a pipeline's denoiser; the released one's where no file says it."""
+    _, config = locate(folder, "transformer")
+    return lens.LensConfig.from_dict(config or {})
 
 
 def read_features(path):
@@ -309,8 +335,11 @@ def read_features(path):
     again."""
     if path is None or not path.exists():
         return None
-    with contextlib.suppress(LensError), open_safetensors(path) as f:
-        return f.get_tensor("features")
+    try:
+        with open_safetensors(path) as f:
+            return f.get_tensor("features")
+    except LensError:
+        return None
 
 
 def keep_features(entries):
@@ -341,7 +370,8 @@ def evaluate(pipeline, height, width, steps, guidance, per_task=50, seed=0, styl
     asked = rewrite(prompts) if rewrite else prompts
     pictures = generate(asked, pipeline, seed=seed, height=height, width=width, steps=steps,
                         guidance=guidance, batch_size=32, progress=progress)
-    scores = score(pictures, rows, pipeline[1])
+    _, vae, _ = pipeline
+    scores = score(pictures, rows, vae)            # fidelity is measured on the vae's tokens
     if diversity:
         scores["diversity"] = measure_diversity(pipeline, height, width, steps, guidance)
     return scores, pictures, prompts
@@ -352,8 +382,8 @@ def measure_diversity(pipeline, height, width, steps, guidance):
     over 12 held-out prompts, four seeds each. Sharper pictures of fewer kinds would show here."""
     transformer, _, encoder = pipeline
     device, channels = transformer.proj_out.weight.device, transformer.config.in_channels
-    grid = (height // 16, width // 16)
-    prompts = [held_out(task, 2, height, width)[k].prompt for k in range(2) for task in TASKS]
+    grid = data.grid_of((height, width))
+    prompts = [row.prompt for task in TASKS for row in held_out(task, 2, height, width)]
     noise = torch.cat([picture_noise(seed, grid, channels) for seed in range(4)]).to(device)
     distances = []
     for own in encoder.encode_each(prompts):
@@ -366,11 +396,11 @@ def measure_diversity(pipeline, height, width, steps, guidance):
 # --- Sizes, prompts, words ------------------------------------------------------------------------
 
 def pick_size(height, width, aspect, base):
-    """(height, width) from what was asked for, in pixels. LensError unless both sides are divisible
-    by 16, the ratio lies within 1:2 and 2:1, and the area is at most 1440^2."""
+    """(height, width) in pixels from what was asked for: a height or a width, else aspect and base.
+    LensError unless both sides are divisible by 16, the ratio lies within 1:2 and 2:1, and the area
+    is at most 1440^2."""
     if height or width:
-        height, width = height or width, width or height
-        require(not aspect, "give --aspect and --base, or --height and --width, not both")
+        height, width = height or width, width or height           # one side alone: a square
     else:
         with error_context("--aspect"):
             height, width = data.bucket(base, aspect or "1:1")
@@ -405,17 +435,25 @@ def strange_words(prompts, notes):
     """(words of the prompts that the model never saw in training, all that it knows), where its
     weights say what they saw, as the toy's do."""
     known = set(json.loads(notes.get("words", "[]")))
+    if not known:
+        return [], known
     used = set()
     for prompt in prompts:
-        used |= set("".join(c if c.isalnum() else " " for c in prompt.lower()).split())
-    return sorted(used - known) if known else [], known
+        used.update(words_of(prompt))
+    return sorted(used - known), known
+
+
+def words_of(text):
+    """Its words in lower case, without punctuation."""
+    return "".join(c if c.isalnum() else " " for c in text.lower()).split()
 
 
 def make_reasoner(notes, encoder=None, system_prompt=None, endpoint=None, model="default",
                   journal=None, seed=0):
     """The reasoner that the flags ask for: -> reason.Reasoner.
 
-    notes          of the weights; only the toy's say which words they know, and get its check
+    notes          of the weights. Those that say which words they know are the toy's; then each
+                   answer is checked word by word (toy.language.keeps)
     encoder        writes where no `endpoint` is named
     system_prompt  a file (default: the project's own words);  journal: of an endpoint's answers
     """
@@ -469,8 +507,13 @@ class Weights:
         if self.fp8:
             precision += " and fp8"
         lora = f"{self.lora} x {self.lora_strength}" if self.lora else ""
-        return {"weights": identity(self.folder), "lora": lora, "precision": precision,
-                "date": self.date, "software": "Lens"}
+        return {
+            "weights": identity(self.folder),      # the folder's name and a hash
+            "lora": lora,
+            "precision": precision,
+            "date": self.date,
+            "software": "Lens",
+        }
 
 
 @dataclass(frozen=True)
@@ -483,21 +526,30 @@ class Sampling:
     seed: int                 # of the first picture; the next have seed + 1, ...
 
 
-def evaluate_command(weights, sampling, out, per_task, requests, make_rewrite):
-    """--eval: the table of the six tasks, a contact sheet; the last line is JSON."""
-    pipeline = (*weights.denoiser_and_vae(), weights.text_encoder())
-    kept = round_trip(pipeline[1], weights.device, 200)
-    print(f"the autoencoder alone keeps every fact of {kept:.3f} of drawn scenes, "
-          "over all training sizes")
+def evaluate_command(weights, sampling, out, per_task, style, make_reasoner=None):
+    """--eval: the table of the six tasks, a contact sheet; the last line is JSON.
 
-    rewrite = make_rewrite(pipeline[2]).rewrite if make_rewrite else None
+    make_reasoner   text encoder -> reason.Reasoner; None: prompts stay as they are
+    """
+    transformer, vae = weights.denoiser_and_vae()
+    encoder = weights.text_encoder()
+    ceiling = round_trip(vae, weights.device, 200)
+    print(f"a perfect denoiser would score {ceiling:.3f}: that share of drawn scenes keeps every "
+          "fact when the autoencoder encodes and decodes them, over all training sizes")
+
+    rewrite = None
+    if make_reasoner:
+        rewrite = make_reasoner(encoder).rewrite
     begin = time.perf_counter()
-    scores, pictures, _ = evaluate(pipeline, sampling.height, sampling.width, sampling.steps,
-                                   sampling.guidance, per_task, sampling.seed, requests, rewrite)
+    scores, pictures, _ = evaluate(
+        (transformer, vae, encoder), sampling.height, sampling.width, steps=sampling.steps,
+        guidance=sampling.guidance, per_task=per_task, seed=sampling.seed, style=style,
+        rewrite=rewrite)
     seconds = time.perf_counter() - begin
 
-    contact_sheet(pictures[::max(1, per_task // 8)], 12).save(out / "eval.png")
-    how = f"{requests} prompts a task" + (", rewritten" if rewrite else "")
+    about_eight_a_task = pictures[::max(1, per_task // 8)]
+    contact_sheet(about_eight_a_task, columns=12).save(out / "eval.png")
+    how = f"{style} prompts a task" + (", rewritten" if rewrite else "")
     print(f"\n{'task':14} score   ({per_task} held-out {how}, {seconds:.0f} s, "
           f"pictures in {out}/eval.png)")
     for name, value in scores.items():
@@ -506,22 +558,26 @@ def evaluate_command(weights, sampling, out, per_task, requests, make_rewrite):
 
 
 def pictures_command(weights, sampling, out, requests, rows=None, num=1, negative="", image=None,
-                     strength=1.0, cache="", make_rewrite=None, reasoner_name=""):
-    """Pictures of `requests`, `num` each, as PNG files in `out`. rows: GenEval's metadata, one for
-    each prompt, or None. make_rewrite: text encoder or None -> reason.Reasoner."""
-    known_notes = read_metadata(weights.folder)
+                     strength=1.0, cache="", make_reasoner=None, endpoint_model=None):
+    """Pictures of `requests`, `num` each, as PNG files in `out`.
+
+    requests        prompts as the user gave them;  rows: GenEval's metadata, one for each, or None
+    make_reasoner   text encoder or None -> reason.Reasoner; None: requests are the prompts
+    endpoint_model  the model that rewrites at an endpoint; None: the text encoder rewrites
+    """
     prompts, encoder, reasoned = requests, None, {}
-    if make_rewrite:
-        if reasoner_name == ENCODER:
+    if make_reasoner:
+        if endpoint_model is None:
             encoder = weights.text_encoder()
-        reasoner = make_rewrite(encoder)
+        reasoner = make_reasoner(encoder)
         prompts = reasoner.rewrite(requests)
-        reasoned = {"system_prompt": reasoner.system, "reasoner": reasoner_name}
+        reasoned = {"system_prompt": reasoner.system,
+                    "reasoner": endpoint_model or "the text encoder"}
         for request, prompt in zip(requests, prompts):
             print(f"{request!r} -> {prompt!r}")
         del reasoner
 
-    strange, known = strange_words(prompts, known_notes)
+    strange, known = strange_words(prompts, read_metadata(weights.folder))
     if strange:
         plural = "s" if len(strange) > 1 else ""
         print(f"note: this model never saw the word{plural} {', '.join(strange)}. "
@@ -544,7 +600,7 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
               "size": f"{sampling.width}x{sampling.height}", **weights.notes(), **reasoned}
     for (p, k), seed, picture in zip(jobs, seeds, pictures):
         notes = {"prompt": prompts[p], "seed": seed, **common}
-        if make_rewrite:
+        if make_reasoner:
             notes["request"] = requests[p]
         if rows is None:
             path = out / f"{file_name(requests[p])}-{seed}.png"
@@ -564,8 +620,7 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
 
 def file_name(request):
     """A request as a file name: its words, joined by hyphens, 60 characters at most."""
-    words = "".join(c if c.isalnum() else " " for c in request.lower()).split()
-    return "-".join(words)[:60] or "picture"
+    return "-".join(words_of(request))[:60] or "picture"
 
 
 def open_start(path):
@@ -580,12 +635,12 @@ def arguments(argv):
     parser = Parser("Make pictures from prompts, or score a model on the toy world.", __doc__)
     add = parser.add_argument_group("what to make").add_argument
     add("--prompt", action="append", help="what the picture shows; may be given more than once")
-    add("--prompts-file", metavar="FILE", help="a line a prompt; .jsonl with GenEval's fields is "
-        "written in the folders that its evaluator reads")
+    add("--prompts-file", metavar="FILE", help="one prompt a line. Of a .jsonl file, GenEval's: "
+        "pictures go into the folders that its evaluator reads")
     add("--negative", default="", help="what it should not show; empty: no text at all")
     add("--seed", type=int, default=0, help="of the first picture; the next have seed + 1, ...")
     add("--num", type=positive, default=1, help="pictures a prompt")
-    add("--image", metavar="FILE", help="a picture to start from")
+    add("--image", metavar="FILE", help="a picture to start from, stretched to the size")
     add("--strength", type=float, default=0.7, help="how much of --image is redrawn, above 0 to 1")
 
     add = parser.add_argument_group("how").add_argument
@@ -594,7 +649,8 @@ def arguments(argv):
         help=f"1.0: none, one forward a step (default: what the weights say, else {GUIDANCE})")
     add("--aspect", metavar="W:H", help="such as 16:9; any from 1:2 to 2:1")
     add("--base", type=positive,
-        help=f"the area is base x base pixels (default: what the weights say, else {BASE})")
+        help=f"the area is base x base pixels (default: what the weights say, else {BASE}, or "
+        f"{TOY_BASE} for the toy)")
     add("--height", type=positive, help="pixels, divisible by 16 (instead of --aspect and --base)")
     add("--width", type=positive, help="pixels, divisible by 16")
 
@@ -605,13 +661,15 @@ def arguments(argv):
     add("--lora", metavar="PATH", help="a LoRA file or folder, merged into the weights")
     add("--lora-strength", type=float, default=1.0)
     add("--device", help="cpu or cuda (default: CUDA if there is one)")
-    add("--dtype", choices=("fp32", "bf16"), help="default: the faster one, measured on a CPU")
+    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU; on a CPU the faster "
+        "one, which is timed")
     add("--date", default=lens.DATE, help="written into the chat around the prompt (default "
         "%(default)s: frozen, so that a seed keeps its picture)")
     add("--compile", action="store_true",
         help="faster after a minute or more: for many pictures (a CPU needs a C++ compiler)")
     add("--fp8", action="store_true",
-        help="8-bit products on the image tokens: for an H100 or newer, not to the last digit")
+        help="8-bit products on the image tokens, not to the last digit: for a GPU with them (L4, "
+        "RTX 4090, H100 or newer); a CPU computes the same numbers slowly")
 
     add = parser.add_argument_group("the reasoner").add_argument
     add("--reason", action="store_true",
@@ -631,16 +689,19 @@ def arguments(argv):
     add("--eval", action="store_true",
         help="the six-task table on held-out scenes; the last line is JSON")
     add("--per-task", type=positive, default=50, help="prompts a task")
-    add("--requests", choices=("dense", "brief", "vague"), default="dense",
+    add("--requests", dest="style", choices=("dense", "brief", "vague"), default="dense",
         help="how the held-out scenes are asked for")
 
     args = parser.parse_args(argv)
     require(args.per_task > 1, "--per-task must be at least 2")
     require(0 < args.strength <= 1, f"--strength {args.strength}: must be above 0 and at most 1")
-    require(args.eval or args.prompt or args.prompts_file,
-            "nothing to do: give --prompt, --prompts-file or --eval (--help explains)")
+    given = sum([args.eval, bool(args.prompt), bool(args.prompts_file)])
+    require(given > 0, "nothing to do: give --prompt, --prompts-file or --eval (--help explains)")
+    require(given == 1, "give one of --prompt, --prompts-file and --eval")
     for prompt in args.prompt or ():
         require(prompt.strip(), "--prompt is empty: say what the picture should show")
+    require(not (args.aspect or args.base) or not (args.height or args.width),
+            "give --aspect and --base, or --height and --width, not both")
     require(args.reason or not (args.system_prompt or args.endpoint),
             "--system-prompt and --endpoint tell the reasoner what to do: add --reason")
     return args
@@ -649,26 +710,26 @@ def arguments(argv):
 def main(argv=None):
     args = arguments(argv)
     device = pick_device(args.device)
-    has_fp8 = device == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
-    require(not args.fp8 or (has_fp8 and (device == "cpu" or args.dtype != "fp32")),
-            "--fp8 is for bf16 on a GPU with fp8 products (L4, RTX 4090, H100 or newer): "
-            "leave it out")
+    if args.fp8 and device != "cpu":
+        require(torch.cuda.get_device_capability(device) >= (8, 9),
+                "--fp8: this GPU has no fp8 products (an L4, RTX 4090, H100 or newer has): "
+                "leave it out")
+        require(args.dtype != "fp32", "--fp8 is for bf16 on a GPU: leave out --dtype fp32")
 
     folder = fetch(args.weights, ("transformer", "vae", "text_encoder"))
-    _, config = locate(folder, "transformer")
-    config = lens.LensConfig.from_dict(config or {})
+    config = denoiser_config(folder)
     require(args.size is None or config == lens.SIZES[args.size].transformer,
             f"--size {args.size}: the weights in {args.weights} are of another size")
 
     notes = read_metadata(folder)
     steps, guidance = sampler_settings(notes, args.steps, args.guidance)
-    base = args.base or int(notes.get("base", BASE))
+    base = args.base or usual_base(notes, config.in_channels)
     height, width = pick_size(args.height, args.width, args.aspect, base)
     sampling = Sampling(height, width, steps, guidance, args.seed)
 
     dtype, why = pick_dtype(device, args.dtype, config.inner_dim)
-    tokens = height * width // 256 + 128           # the paper's captions have 109 words
-    kernel, why_kernel = pick_attention(device, dtype, config, tokens)
+    h, w = data.grid_of((height, width))
+    kernel, why_kernel = pick_attention(device, dtype, config, h * w + USUAL_TEXT)
     use_attention(kernel)
     print(f"{device}, {str(dtype).removeprefix('torch.')} ({why}), {kernel} attention "
           f"({why_kernel}); {steps} steps, guidance {guidance:g}, {width} x {height} pixels")
@@ -682,19 +743,19 @@ def main(argv=None):
     image = open_start(args.image)
     check_writable(out)
 
-    make_rewrite = None
+    reasoner_of = None                             # text encoder -> reasoner
     if args.reason:
-        def make_rewrite(encoder):
-            return make_reasoner(notes, encoder, args.system_prompt, args.endpoint, args.model,
-                                 out / "reasoner.jsonl", args.seed)
+        reasoner_of = functools.partial(
+            make_reasoner, notes, system_prompt=args.system_prompt, endpoint=args.endpoint,
+            model=args.model, journal=out / "reasoner.jsonl", seed=args.seed)
 
     if args.eval:
-        evaluate_command(weights, sampling, out, args.per_task, args.requests, make_rewrite)
+        evaluate_command(weights, sampling, out, args.per_task, args.style, reasoner_of)
     else:
-        pictures_command(weights, sampling, out, requests, rows, num=args.num,
-                         negative=args.negative, image=image, strength=args.strength,
-                         cache=args.cache, make_rewrite=make_rewrite,
-                         reasoner_name=args.model if args.endpoint else ENCODER)
+        pictures_command(
+            weights, sampling, out, requests, rows, num=args.num, negative=args.negative,
+            image=image, strength=args.strength, cache=args.cache, make_reasoner=reasoner_of,
+            endpoint_model=args.model if args.endpoint else None)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ From nothing to a model, on a laptop:
     python train.py --out runs/toy                       # 3. the denoiser: one area, then all
     python sample.py --eval --weights runs/toy           #    the six-task table
 
-    python train.py --stage 1 --compile --out runs/quick # 3. alone, its first stage: 40 minutes
+    python train.py --stage 1 --compile --out runs/quick # instead of 3: one area alone, 40 minutes
     python tools/budget.py train --size full             # what the real size would take; then
     torchrun --nproc-per-node 8 train.py --size full --stage 2 --data 'shards/*.tar' \\
         --parts DIR_OR_REPO --fsdp --recompute selective
@@ -22,8 +22,8 @@ Where the toy departs from the paper [ours]: its pictures are encoded once and k
 several captions (drawing and encoding cost as much as a training step); the learning rate falls to
 zero over the last half of a stage, since a short run's average of weights cannot do that work
 alone; the blocks' matrices are trained by Muon (`make_optimizers`); times sit nearer t = 1
-(`TOY_TIMES`); in stage 1 an early block is asked for the shape and the colour that cover each token
-(`toy/dataset.py`).
+(`TOY_TIMES`); stage 1 has a second loss: a linear head on an early block must tell the shape, the
+colour and the pose of what covers each token (`toy/dataset.py`).
 """
 import argparse
 import copy
@@ -36,7 +36,6 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -49,9 +48,11 @@ import data
 import lens
 import sample
 from kit.checkpoint import (
+    fetch,
     has_parts,
     load_pipeline,
     load_transformer,
+    part_folder,
     read_metadata,
     save_pipeline,
     unsharded,
@@ -93,6 +94,7 @@ from kit.state import (
 )
 from toy.checker import held_out
 from toy.dataset import World, label_head, label_loss
+from toy.world import SHAPES
 
 # --- Settings -------------------------------------------------------------------------------------
 
@@ -103,20 +105,22 @@ SPIKE = 4.0               # [ours] a step whose loss is this many times the usua
 PATIENCE = 10             # [ours] so many left out in a row end the run
 PAPER_TIMES = (1.0, 1.3)  # [paper] mean of logit(t) at 256 and at 4096 image tokens
 
-# [ours] Without guidance and at 3 and 5, 41, 24 and 33 of 300 pictures of the toy were wrong; the
-# released weights' own is 5 [checkpoint].
+# [ours] Of 300 pictures of the toy, 41 were wrong at guidance 1, 24 at 3, 33 at 5; the released
+# weights' own is 5 [checkpoint].
 TOY_GUIDANCE = 3.0
 
 # Tokens of a usual and of the longest caption, in the toy world and outside it.
 TOY_TEXT_TOKENS = (40, 64)
-TEXT_TOKENS = (128, 415)
+TEXT_TOKENS = (sample.USUAL_TEXT, 415)
+
+TOY_SIZES = ("nano", "toy")       # sizes of lens.SIZES that are made for the toy world
 
 
 @dataclass(frozen=True)
 class Stage:
     """What a stage trains on, and how."""
-    areas: tuple               # sides of the buckets' areas in pixels; the largest is its `home`
-    batch: tuple               # pictures on a device, one number an area: steps cost about the same
+    areas: tuple               # sides in pixels of squares; a bucket has the area of one of them
+    batch: tuple               # pictures on a device, one number an area: all cost about the same
     steps: int
     lr: float                  # of AdamW
     muon_lr: float = None      # of Muon, for the blocks' matrices; None: AdamW has them too
@@ -129,6 +133,7 @@ class Stage:
 
     @property
     def home(self):
+        """The largest of the areas: its square is previewed and evaluated."""
         return max(self.areas)
 
     def sizes_of(self, area):
@@ -143,22 +148,24 @@ class Stage:
         """{bucket: pictures on a device}: those of the area that the bucket comes closest to."""
         counts = {}
         for bucket, (height, width) in enumerate(sizes):
-            def distance(k, pixels=height * width):
-                return abs(math.log(pixels / self.areas[k]**2))
-            counts[bucket] = self.batch[min(range(len(self.areas)), key=distance)]
+            distances = [abs(math.log(height * width / area**2)) for area in self.areas]
+            nearest = distances.index(min(distances))
+            counts[bucket] = self.batch[nearest]
         return counts
 
 
 # Where the toy's times sit [ours], as mean and standard deviation of logit(t): a quarter above 0.9,
-# where the text alone says what to show, a fifth below 0.5, where shapes get corners. The short
-# stage 1 has them nearer 1: its labels teach the shapes soon, and what is then wrong is what the
-# text says, which is decided above t = 0.9.
+# where the text alone says what to show, a fifth below 0.5, where shapes get corners.
 TOY_TIMES = (1.25, 1.5)
+
+# The toy's stage 1 is short and has them nearer 1. Its labels teach the shapes soon. What is still
+# wrong then is what the text says of them, and that is decided above t = 0.9.
 QUICK_TIMES = (2.0, 1.5)
 
 # [ours] Stars are drawn more often: with all shapes alike, three of four wrong pictures were wrong
 # in a star alone, whose five thin arms cover few tokens.
-STAR_ODDS = (0.11, 0.12, 0.12, 0.37, 0.17, 0.11)
+ODDS = {"circle": 0.11, "square": 0.12, "triangle": 0.12, "star": 0.37, "cross": 0.17, "ring": 0.11}
+STAR_ODDS = tuple(ODDS[shape] for shape in SHAPES)
 
 STAGES = {
     ("nano", 1): Stage(
@@ -200,13 +207,14 @@ def flow_matching_loss(model, batch, noise, t, on_block=None):
 
 
 def train_step(run, model, micro_batches, optimizers, stage, labels=None, label_weight=0.0,
-               usual_loss=None, notified=False):
-    """One optimiser step over this rank's micro-batches; -> StepReport, means over all ranks.
+               usual_loss=None, notice=None):
+    """One optimiser step over this rank's micro-batches; -> StepReport.
 
+    run         kit.run.Run: this process among its peers, its device and its precision
     model       what is called: the denoiser, or DDP or FSDP around it
     labels      LabelReader, or None;  label_weight: of its loss beside the velocity's
     usual_loss  a step far above it is left out, see StepReport.sound
-    notified    whether SIGTERM came to this rank
+    notice      kit.run.Notice: SIGTERM in the middle of a step still ends the run after it
     """
     tally = Tally(run.device)
     for micro in micro_batches:
@@ -217,12 +225,13 @@ def train_step(run, model, micro_batches, optimizers, stage, labels=None, label_
         with run.autocast():
             losses, label_losses = losses_of(model, batch, noise, t, labels)       # [B] each
         loss = losses.sum() + label_weight * label_losses.sum()
-        (loss * micro.share).backward()            # shares of all ranks' samples add up to `ranks`
+        (loss * micro.share).backward()            # of the step's mean, see train_stage
         tally.add(micro, losses.detach(), label_losses.detach(), t)
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = nn.utils.clip_grad_norm_(trained, CLIP)
 
-    report = tally.over_all_ranks(run, norm, usual_loss, notified)
+    notified = notice is not None and notice.given
+    report = tally.over_all_ranks(run, norm, usual_loss=usual_loss, notified=notified)
     if report.sound:                               # a NaN in the weights is there for ever
         for optimizer in optimizers:
             optimizer.step()
@@ -274,7 +283,7 @@ def draw_noise_and_time(seed, batch, mean_std=None):
 class MicroBatch(NamedTuple):
     """What a rank computes at once; a step has `accumulate` of them on every rank."""
     batch: data.Batch
-    share: float      # what a sample's loss weighs; 0: this rank only runs along for its peers
+    share: float      # what a sample's loss weighs; 0: it does not count, see `deal`
     last: bool        # of the step
 
 
@@ -294,7 +303,8 @@ def to_device(run, batch):
 
 
 def without_text(batch, dropped):
-    """The batch with all text of the `dropped` [B] samples hidden: no visible text is no text."""
+    """The batch with all text of the `dropped` [B] samples hidden. Image tokens then see each other
+    alone, as if there were no text."""
     return replace(batch, mask=batch.mask & ~dropped[:, None])
 
 
@@ -306,8 +316,15 @@ def exchange_gradients(model, now):
         model.require_backward_grad_sync = now
 
 
+class BatchShape(NamedTuple):
+    pictures: int
+    image_tokens: int      # of each picture
+    text_tokens: int       # of the longest caption
+
+
 @dataclass(frozen=True)
 class StepReport:
+    """A step, over all ranks."""
     loss: float            # mean over the step's samples
     loss_by_t: list        # mean by quarter of t; None where no sample fell
     label_loss: float
@@ -315,7 +332,7 @@ class StepReport:
     replaced: int          # samples that could not be read
     stop: bool             # SIGTERM came to one of the ranks
     sound: bool            # False: nothing was stepped, the weights are as before
-    shapes: list           # (pictures, image tokens, text tokens) that this rank computed
+    shapes: list           # [BatchShape] of this rank's own micro-batches
 
 
 class Tally:
@@ -335,7 +352,7 @@ class Tally:
         if micro.share == 0:
             return
         batch = micro.batch
-        self.shapes.append((len(losses), batch.tokens.shape[1], batch.mask.shape[1]))
+        self.shapes.append(BatchShape(len(losses), batch.tokens.shape[1], batch.mask.shape[1]))
         self.samples += len(losses)
         self.replaced += len(batch.faults)
         self.loss += losses.sum()
@@ -347,31 +364,45 @@ class Tally:
     def over_all_ranks(self, run, norm, usual_loss, notified):
         """-> StepReport. The step's only wait for the device."""
         notices = torch.full_like(self.samples, float(notified))
-        sums = [self.samples, self.replaced, notices, self.loss, self.label_loss,
-                self.loss_by_t, self.count_by_t]
-        sums = run.sum_over_ranks(torch.cat(sums))
+        sums = run.sum_over_ranks(torch.cat([
+            self.samples, self.replaced, notices, self.loss, self.label_loss,
+            self.loss_by_t, self.count_by_t]))                                     # [5 + 4 + 4]
         samples, replaced, notices, loss, label_loss, *by_t = sums.tolist()
-        norm = whole(norm).item()
+        loss_by_t, count_by_t = by_t[:4], by_t[4:]
+        norm = whole(norm).item()                  # under FSDP it is sharded
 
-        loss, label_loss = loss / samples, label_loss / samples
-        loss_by_t = [total / count if count else None for total, count in zip(by_t[:4], by_t[4:])]
-        limit = SPIKE * (usual_loss or math.inf)
-        sound = math.isfinite(loss) and math.isfinite(norm) and loss < limit
-        return StepReport(loss, loss_by_t, label_loss, norm, round(replaced), notices > 0, sound,
-                          self.shapes)
+        loss = loss / samples
+        limit = SPIKE * usual_loss if usual_loss else math.inf
+        return StepReport(
+            loss=loss,
+            loss_by_t=[total / count if count else None
+                       for total, count in zip(loss_by_t, count_by_t)],
+            label_loss=label_loss / samples,
+            grad_norm=norm,
+            replaced=round(replaced),
+            stop=notices > 0,
+            sound=math.isfinite(loss) and math.isfinite(norm) and loss < limit,
+            shapes=self.shapes)
 
 
-def deal(group, rank, ranks):
+def deal(step_batches, rank, ranks):
     """This rank's part of a step: [(planned batch, whether it counts)].
 
-    group   a step's planned batches, dearest first. They are dealt in turn, so that what the ranks
-            compute at one moment takes them equally long. Where some are left over, the other ranks
-            run along with the first batch, which then does not count: gradients are exchanged by
-            all ranks or none.
+    step_batches   [data.PlannedBatch] of the step, dearest first
+
+    They are dealt in turn, as cards are: of five, two ranks get 0, 2, 4 and 1, 3. So what the ranks
+    compute at one moment takes them about equally long. Here the second rank has none for the third
+    moment. It computes batch 0 again, which does not count: gradients are exchanged by all ranks or
+    by none.
     """
-    rounds = -(-len(group) // ranks)
-    mine = range(rank, rounds * ranks, ranks)
-    return [(group[k], True) if k < len(group) else (group[0], False) for k in mine]
+    moments = -(-len(step_batches) // ranks)
+    mine = []
+    for k in range(rank, moments * ranks, ranks):
+        if k < len(step_batches):
+            mine.append((step_batches[k], True))
+        else:
+            mine.append((step_batches[0], False))
+    return mine
 
 
 def micro_batches(stream, mine, share, faults):
@@ -394,7 +425,9 @@ def flops(model, tokens, length):
     def meets(name):
         if "_mod." in name or "time" in name or "norm_out" in name:
             return 1                               # a row a picture
-        return length if "txt" in name or "add" in name else tokens
+        if "txt" in name or "add" in name:         # txt_in, txt_qkv, txt_mlp; to_add_out
+            return length
+        return tokens                              # img_in, img_qkv, img_mlp; to_out; proj_out
 
     config, unread = model.config, set(model.unread())
     total = 12 * config.num_layers * config.inner_dim * (tokens + length)**2
@@ -410,7 +443,8 @@ def make_optimizers(model, stage):
     AdamW has everything [paper]; Muon the blocks' matrices [ours]. It makes each step's change of a
     matrix orthogonal, so that rare directions (a shape's corners) move as fast as common ones (the
     background): a lower loss after the same time, though a step costs 13% more. No weight decay:
-    with norms on q, k and every input it would act on little but the scale of a short run.
+    with a norm on q, on k and on every input, it would in a short run change little but the scale
+    of the weights, which those norms undo.
     """
     matrices, others = [], []
     for name, p in model.named_parameters():
@@ -465,7 +499,8 @@ class Learner:
 
 
 class WithLabels(nn.Module):
-    """The denoiser and its label head as one module, so that DDP and FSDP see both."""
+    """The denoiser and its label head as one module, so that DDP and FSDP see the parameters of
+    both. The head is called in `losses_of`."""
 
     def __init__(self, denoiser, head):
         super().__init__()
@@ -482,16 +517,17 @@ def make_learner(run, denoiser, stage, lora=0, with_labels=False, recompute="non
     for name, p in denoiser.named_parameters():
         p.requires_grad_(name not in unread)
     if lora:
-        count = add_lora(denoiser, lora, lora, generator=generator(run.seed))
+        count = add_lora(denoiser, rank=lora, alpha=lora, generator=generator(run.seed))
         run.say(f"LoRA of rank {lora} on {count} layers")
-    # What is frozen is shared with the average, not copied.
+    # What is frozen is shared with the average: a copy takes what stands in its memo as it is.
     frozen = {id(p): p for p in denoiser.parameters() if not p.requires_grad}
-    ema = copy.deepcopy(denoiser, frozen).requires_grad_(False)
+    ema = copy.deepcopy(denoiser, memo=frozen).requires_grad_(False)
 
     model, labels = denoiser, None
     if with_labels:
         config = denoiser.config
-        labels = LabelReader(label_head(config.inner_dim).to(run.device), config.num_layers // 3)
+        third = config.num_layers // 3             # [ours] of the way in
+        labels = LabelReader(label_head(config.inner_dim).to(run.device), block=third)
         model = WithLabels(denoiser, labels.head)
 
     denoiser.set_recompute(recompute)
@@ -509,7 +545,7 @@ def make_learner(run, denoiser, stage, lora=0, with_labels=False, recompute="non
     optimizers = make_optimizers(model, stage)
     if run.ranks > 1 and not fsdp:
         model = DistributedDataParallel(model)
-    return Learner(denoiser, model, ema, labels, optimizers, lora)
+    return Learner(denoiser, model, ema, labels=labels, optimizers=optimizers, lora=lora)
 
 
 @dataclass
@@ -538,7 +574,7 @@ class Progress:
         if report.sound:
             self.skipped_in_a_row = 0
             usual = self.usual_loss or report.loss
-            self.usual_loss = report.loss + 0.98 * (usual - report.loss)
+            self.usual_loss = report.loss + 0.98 * (usual - report.loss)   # over about 50 steps
         else:
             self.skipped += 1
             self.skipped_in_a_row += 1
@@ -563,17 +599,17 @@ class Output:
     vae: nn.Module
     encoder: lens.TextEncoder
     guidance: float                # what pictures of these weights are sampled with
-    settings: dict                 # by which a run is known again
+    settings: dict                 # what a resume must be given again, see check_same_run
 
 
 def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, workers=4,
                    parts=sample.TOY, init=None, lora=0, recompute="none", compiled=False,
-                   fsdp=False, schedule=Schedule(250, 0, 1000)):
+                   fsdp=False, *, schedule):
     """Stages 1 and 2 of a size, as many as `stages` {number: Stage} names.
 
     steps     of each stage; None: the stage's own;  accumulate: micro-batches a rank and step
     pattern   of shards, as in --data; None: the toy world
-    parts     a folder or hub id of the autoencoder and the text encoder
+    parts     the folder of the autoencoder and the text encoder
     init      weights to start from; None: random ones
     """
     config = lens.SIZES[size].transformer
@@ -582,8 +618,8 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     check_same_run(run.out, settings)
     check_no_other_weights(run.out, adapter=bool(lora))
 
-    # The frozen models, and the one that learns.
-    dtype = None if size == "full" else torch.float32
+    # The frozen models, and the one that learns. The toy's parts are small enough for fp32.
+    dtype = torch.float32 if size in TOY_SIZES else None           # None: as they are stored
     _, vae, encoder = load_pipeline(parts, run.device, dtype, parts=("vae", "text_encoder"))
     require(config.in_channels == 4 * vae.config["latent_channels"],
             f"--parts {parts}: its autoencoder is not the one that size {size} works with")
@@ -594,20 +630,23 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     else:
         denoiser = lens.build(size, run.seed).to(run.device)
 
-    # What a clock decides, or a run that is resumed has decided before.
+    # Precision and attention kernel: the faster ones, timed here; those of a run that is resumed.
     kept = kept_progress(run.out)
     home = max(stage.home for stage in stages.values())
     usual_text, _ = text_tokens(size)
     why = choose(run, config, (home // 16)**2 + usual_text, kept)
     use_attention(run.attention)
 
+    # One learner for all stages, which share betas and Muon. A label head stays in stage 2 too,
+    # where its loss is logged and weighs nothing.
     first = min(stages)
     with_labels = pattern is None and not lora and any(s.label_weight for s in stages.values())
-    learner = make_learner(run, denoiser.train(), stages[first], lora, with_labels, recompute,
-                           compiled, fsdp)
+    learner = make_learner(
+        run, denoiser.train(), stages[first], lora=lora, with_labels=with_labels,
+        recompute=recompute, compiled=compiled, fsdp=fsdp)
     progress = Progress(stage=first)
     if kept:
-        kept = load_state(run, learner.groups(), learner.optimizers, settings)
+        load_state(run, learner.groups(), learner.optimizers, settings=settings)
         progress = Progress(**kept)
         run.say(f"resuming {run.out} at step {progress.total} "
                 f"(stage {progress.stage}, step {progress.step})")
@@ -616,8 +655,8 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     count = sum(p.numel() for p in denoiser.parameters())
     run.say(f"{size}: {count:,} parameters on {run.ranks} x {run.device}; autoencoder and text "
             f"encoder from {parts}\n{why}")
-    guidance = TOY_GUIDANCE if size in ("nano", "toy") else sample.GUIDANCE
-    output = Output(str(parts), vae, encoder, guidance, settings)
+    guidance = TOY_GUIDANCE if size in TOY_SIZES else sample.GUIDANCE
+    output = Output(str(parts), vae, encoder, guidance=guidance, settings=settings)
     log, notice = Log(run, progress.total), Notice()
     for number, stage in stages.items():
         if number < progress.stage:
@@ -627,15 +666,16 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
         stage = replace(stage, steps=steps or stage.steps)
         if progress.step < stage.steps:
             with rank_zero_first(run):
-                source = open_source(run, stage, number, vae, encoder, pattern, workers, parts)
-            train_stage(run, stage, source, learner, progress, output, log, notice, accumulate,
-                        schedule)
+                source = open_source(run, stage, number, vae=vae, encoder=encoder,
+                                     pattern=pattern, workers=workers, parts=parts)
+            train_stage(run, stage, source, learner=learner, progress=progress, output=output,
+                        log=log, notice=notice, accumulate=accumulate, schedule=schedule)
     run.say(f"done: python sample.py --eval --weights {run.out}")
 
 
 def text_tokens(size):
     """(of a usual caption, of the longest)."""
-    return TOY_TEXT_TOKENS if size in ("nano", "toy") else TEXT_TOKENS
+    return TOY_TEXT_TOKENS if size in TOY_SIZES else TEXT_TOKENS
 
 
 def open_source(run, stage, number, vae, encoder, pattern, workers, parts):
@@ -650,10 +690,11 @@ def open_source(run, stage, number, vae, encoder, pattern, workers, parts):
 def train_stage(run, stage, source, learner, progress, output, log, notice, accumulate, schedule):
     """One stage from progress.step, counted in the stage, to its last step.
 
-    A step takes `group` device batches of the plan, whoever computes them: with equal group, the
-    number of ranks changes neither what is learnt nor its noise.
+    A step takes ranks * accumulate device batches of the plan. Which rank computes which changes
+    neither what is learnt nor its noise: two ranks with --accumulate 1 learn what one rank learns
+    with --accumulate 2.
     """
-    group = run.ranks * accumulate
+    per_step = run.ranks * accumulate
     pixels = [height * width for height, width in source.sizes]
     pictures = stage.pictures(source.sizes)
     peak = matmul_peak(run.device, torch.bfloat16 if run.bf16 else torch.float32)
@@ -665,46 +706,56 @@ def train_stage(run, stage, source, learner, progress, output, log, notice, accu
         return data.plan(source.buckets, source.lengths(number), pictures, run.seed, number)
 
     def cost(planned):
-        return -pixels[planned.bucket] * len(planned.samples)
+        return pixels[planned.bucket] * len(planned.samples)
 
     require(progress.data in (None, source.digest), f"--data: these shards are not those that the "
             f"run in {run.out} began with; give another --out, or the same shards")
     progress.data = source.digest
-    batches = plan(0)                              # as many in every epoch
-    epoch_length = -(-len(batches) // group)
-    smaller = sum(len(planned.samples) < pictures[planned.bucket] for planned in batches)
-    run.say(f"an epoch is {epoch_length} steps of {group} device batches; {smaller} batches are "
+    first_epoch = plan(0)                          # every epoch has as many batches
+    epoch_length = -(-len(first_epoch) // per_step)
+    smaller = sum(len(planned.samples) < pictures[planned.bucket] for planned in first_epoch)
+    run.say(f"an epoch is {epoch_length} steps of {per_step} device batches; {smaller} batches are "
             "smaller: what was left over in their buckets")
     bar = tqdm(total=stage.steps, initial=progress.step, desc=f"stage {progress.stage}",
                unit="step", mininterval=2, disable=run.rank > 0)
 
     while progress.step < stage.steps:
+        # What is left of this epoch, as a list of batches for each step.
         epoch, done = divmod(progress.step, epoch_length)
         batches = plan(epoch)
-        groups = [sorted(batches[k:k + group], key=cost) for k in range(0, len(batches), group)]
-        groups = groups[done:done + stage.steps - progress.step]
-        dealt = [deal(group, run.rank, run.ranks) for group in groups]
-        stream = source.stream([planned for part in dealt for planned, _ in part])
+        steps = [sorted(batches[k:k + per_step], key=cost, reverse=True)
+                 for k in range(0, len(batches), per_step)]
+        steps = steps[done:done + stage.steps - progress.step]
+        dealt = [deal(step_batches, run.rank, run.ranks) for step_batches in steps]
+        stream = source.stream([planned for mine in dealt for planned, _ in mine])
 
-        for planned, mine in zip(groups, dealt):
+        for step_batches, mine in zip(steps, dealt):
             begin = time.perf_counter()
             factor = rate_factor(stage, progress.step)
             set_learning_rates(learner.optimizers, stage, factor)
-            total = sum(len(p.samples) for p in planned)
-            parts = micro_batches(stream, mine, run.ranks / total, faults)
+
+            # Ranks average their gradients. For the mean over the step's samples a rank's sum is
+            # therefore taken `ranks` times, over their total.
+            total = sum(len(planned.samples) for planned in step_batches)
+            share = run.ranks / total
             report = train_step(
-                run, learner.model, parts, learner.optimizers, stage, learner.labels,
-                stage.label_weight * factor, progress.usual_loss, notice.given)
+                run, learner.model, micro_batches(stream, mine, share, faults=faults),
+                optimizers=learner.optimizers, stage=stage, labels=learner.labels,
+                label_weight=stage.label_weight * factor, usual_loss=progress.usual_loss,
+                notice=notice)
             progress.add(report, total)
-            follow(averaged, trained, 1 - average_decay(progress.total, EMA))
+            follow(averaged, trained, rate=1 - average_decay(progress.total, EMA))
 
             seconds = time.perf_counter() - begin
             progress.seconds += seconds
-            work = sum(count * flops(learner.denoiser, *shape) for count, *shape in report.shapes)
+            work = sum(
+                shape.pictures * flops(learner.denoiser, shape.image_tokens, shape.text_tokens)
+                for shape in report.shapes)
+            sizes = {size_name(source.sizes[planned.bucket]) for planned in step_batches}
             row = log_row(run, progress, report)
             row |= {
                 "lr": stage.lr * factor,
-                "size": "+".join(sorted({size_name(source.sizes[p.bucket]) for p in planned})),
+                "size": "+".join(sorted(sizes)),
                 "pictures_per_s": round(total / seconds, 1),
                 "tflops": round(work / seconds / 1e12, 3),
                 "peak_share": round(work / seconds / peak, 3),
@@ -713,14 +764,16 @@ def train_stage(run, stage, source, learner, progress, output, log, notice, accu
             bar.update()
             bar.set_postfix_str(f"loss {report.loss:.3f}, {total / seconds:.0f} pictures/s, "
                                 f"{row['peak_share']:.0%} of peak", refresh=False)
-            after_step(run, stage, learner, progress, output, log, schedule, row, source.words,
-                       report.stop, bar)
+            after_step(run, stage, learner, progress=progress, output=output, log=log,
+                       schedule=schedule, row=row, words=source.words, stop=report.stop, bar=bar)
     bar.close()
 
 
 def epoch_number(stage, epoch):
-    """No two stages may draw the same noise for a sample, however long they are."""
-    return 1000 * stage + epoch % 1000 + 1_000_000 * (epoch // 1000)
+    """A number that no other stage's epoch has, however long they are: a sample never meets the
+    same noise twice."""
+    thousands, rest = divmod(epoch, 1000)
+    return 1_000_000 * thousands + 1000 * stage + rest
 
 
 def rate_factor(stage, step):
@@ -757,27 +810,31 @@ def log_row(run, progress, report):
 
 def after_step(run, stage, learner, progress, output, log, schedule, row, words, stop, bar):
     """What happens beside a step: previews, evaluation, the log, checkpoints, and the end that
-    SIGTERM asks for."""
+    SIGTERM asks for.
+
+    row    the step's line of the log;  words: that the captions use, for the notes
+    stop   whether SIGTERM came;  bar: of tqdm
+    """
     last = progress.step == stage.steps
 
     def due(every):
         return every and (progress.step % every == 0 or last)
 
     if due(schedule.preview_every) or due(schedule.eval_every):
-        shown = unsharded(run, learner.ema, learner.lora)      # None on ranks but 0
+        shown = unsharded(run, learner.ema, lora_rank=learner.lora)    # None on ranks but 0
         if run.rank == 0 and due(schedule.preview_every):
-            preview(run, shown, stage.home, progress, output)
+            preview(run, shown, stage.home, progress=progress, output=output)
         if run.rank == 0 and due(schedule.eval_every):
             height, width = data.bucket(stage.home)
-            progress.scores, *_ = sample.evaluate(
-                (shown, output.vae, output.encoder), height, width, sample.STEPS, output.guidance,
-                per_task=20, progress=False)
+            progress.scores, _, _ = sample.evaluate(
+                (shown, output.vae, output.encoder), height, width, steps=sample.STEPS,
+                guidance=output.guidance, per_task=20, progress=False)
             told = ", ".join(f"{name} {value:.2f}" for name, value in progress.scores.items())
             bar.write(f"step {progress.total}: {told}")
             row |= progress.scores
     log(**row)
     if due(schedule.save_every) or stop:
-        save(run, stage, learner, progress, output, words)
+        save(run, stage, learner, progress=progress, output=output, words=words)
         log.draw()
     if stop:
         bar.close()
@@ -797,29 +854,32 @@ def preview(run, model, home, progress, output):
 
 
 def save(run, stage, learner, progress, output, words):
-    """The resume state, and the averaged weights in the released layout, or the adapter in PEFT's:
-    sample.py takes them as they are."""
-    save_state(run, progress.total, learner.groups(), learner.optimizers, output.settings,
-               asdict(progress))
-    averaged = unsharded(run, learner.ema, learner.lora)
-    if run.rank > 0:
-        return
-    notes = {
-        "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
-        "seed": run.seed,
-        "trained_steps": progress.total,
-        "trained_seconds": round(progress.seconds),
-        "score": json.dumps(progress.scores),
-        "steps": sample.STEPS,
-        "guidance": output.guidance,
-        "base": stage.home,
-        "words": json.dumps(words),
-    }
-    if learner.lora:
-        save_lora(averaged, run.out, metadata=notes)
-    else:
-        base = None if has_parts(run.out) else os.path.relpath(output.parts, run.out)
-        save_pipeline(run.out, transformer=averaged, metadata=notes, base=base)
+    """The averaged weights in the released layout, or the adapter in PEFT's: sample.py takes them
+    as they are. Then the resume state.
+
+    In this order: a run that is killed between the two does its last steps again. In the other, one
+    that is killed at its very end would never write its weights.
+    """
+    averaged = unsharded(run, learner.ema, lora_rank=learner.lora)
+    if run.rank == 0:
+        notes = {
+            "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
+            "seed": run.seed,
+            "trained_steps": progress.total,
+            "trained_seconds": round(progress.seconds),
+            "score": json.dumps(progress.scores),
+            "steps": sample.STEPS,
+            "guidance": output.guidance,
+            "base": stage.home,
+            "words": json.dumps(words),
+        }
+        if learner.lora:
+            save_lora(averaged, run.out, metadata=notes)
+        else:
+            rest = None if has_parts(run.out) else os.path.relpath(output.parts, run.out)
+            save_pipeline(run.out, transformer=averaged, metadata=notes, base=rest)
+    save_state(run, progress.total, learner.groups(), optimizers=learner.optimizers,
+               settings=output.settings, progress=asdict(progress))
 
 
 # --- A checkpoint to ship -------------------------------------------------------------------------
@@ -828,13 +888,16 @@ def save(run, stage, learner, progress, output, words):
 def export(run, target, parts):
     """The run's folder as a small checkpoint in `target`, scored on 50 prompts a task.
 
+    parts   the folder of the autoencoder that it was trained with
+
     bf16, and the blocks' matrices in fp8 (e4m3) with a scale each, as ComfyUI's files have them
     [ours]. That halves the file and cost two pictures of 300 (0.920 against 0.927).
     """
     transformer, vae, encoder = load_pipeline(run.out, run.device, torch.float32)
     stored = {}
     for name, w in transformer.state_dict().items():
-        # w is the model's own memory: what is scored is what is stored.
+        # w is the model's own memory, so what is scored is what is stored: fp32 numbers that bf16
+        # holds exactly. save_pipeline makes them bf16.
         stored[name] = w.copy_(w.bfloat16())
         if w.ndim == 2 and name.startswith("transformer_blocks"):
             stored[name], scale = e4m3(w)
@@ -843,13 +906,17 @@ def export(run, target, parts):
 
     notes = read_metadata(run.out)
     height, width = data.bucket(int(notes["base"]))
-    scores, *_ = sample.evaluate((transformer, vae, encoder), height, width, int(notes["steps"]),
-                                 float(notes["guidance"]))
+    scores, _, _ = sample.evaluate(
+        (transformer, vae, encoder), height, width, steps=int(notes["steps"]),
+        guidance=float(notes["guidance"]))
     notes["score"] = json.dumps(scores)
-    with open_safetensors(weight_files(Path(parts) / "vae")[0]) as f:
+    # How the autoencoder was made: for people, since its file is written anew.
+    first_file = weight_files(part_folder(parts, "vae"))[0]
+    with open_safetensors(first_file) as f:
         notes["vae"] = json.dumps(f.metadata() or {})
     encoder.model.to(torch.bfloat16)
-    save_pipeline(target, transformer, vae, encoder, notes, dtype=torch.bfloat16, weights=stored)
+    save_pipeline(target, transformer, vae, text_encoder=encoder, metadata=notes,
+                  dtype=torch.bfloat16, weights=stored)
     print(f"wrote {target}: {json.dumps(scores)}")
 
 
@@ -884,7 +951,8 @@ def arguments(argv):
     add = parser.add_argument_group("how").add_argument
     add("--steps", type=positive, help="of each stage (default: what size and stage say)")
     add("--batch", type=pictures_by_area, metavar="N,N",
-        help="pictures in a device batch, one number an area")
+        help="pictures in a device batch, one number for each of the stage's areas, the smallest "
+        "first (with --stage all: for those of stage 2)")
     add("--accumulate", type=positive, default=1, metavar="N",
         help="device batches that a rank takes for one step")
     add("--recompute", default="none", choices=("none", "selective", "full"),
@@ -909,13 +977,15 @@ def main(argv=None):
     numbers = (1, 2) if args.stage == "all" else (int(args.stage),)
     stages = {number: stage_of(args.size, number) for number in numbers}
     if args.batch:
+        areas = stages[max(numbers)].areas         # stage 1 has one of these
+        require(len(args.batch) == len(areas),
+                f"--batch: {len(areas)} numbers, for the areas {', '.join(map(str, areas))}")
+        pictures = dict(zip(areas, args.batch))
         for number, stage in stages.items():
-            areas = ", ".join(map(str, stage.areas))
-            require(len(args.batch) >= len(stage.areas),
-                    f"--batch: {len(stage.areas)} numbers, for the areas {areas}")
-            stages[number] = replace(stage, batch=args.batch[:len(stage.areas)])
+            batch = tuple(pictures[area] for area in stage.areas)
+            stages[number] = replace(stage, batch=batch)
     require(args.data is None or glob.glob(args.data), f"--data {args.data}: no file matches")
-    require(args.data or args.size in ("nano", "toy"),
+    require(args.data or args.size in TOY_SIZES,
             f"--size {args.size}: name the shards to train on with --data (`data.py pack` makes "
             "them); the toy world is for --size toy or nano")
     require(args.init or not args.lora,
@@ -925,6 +995,7 @@ def main(argv=None):
     require(run.ranks > 1 or not args.fsdp, "--fsdp shares weights among processes: start it with "
             "torchrun --nproc-per-node N train.py ...")
     parts = args.parts or (args.out if has_parts(args.out) else sample.TOY)
+    parts = fetch(parts, ("vae", "text_encoder"))  # the local folder, also of a hub id
     if args.export:
         if run.rank == 0:                          # small work, for one process
             export(run, args.export, parts)
@@ -935,7 +1006,8 @@ def main(argv=None):
         workers=args.workers, parts=parts, init=args.init, lora=args.lora,
         recompute=args.recompute, compiled=on_gpu if args.compile is None else args.compile,
         fsdp=args.fsdp,
-        schedule=Schedule(args.save_every, args.eval_every, args.preview_every))
+        schedule=Schedule(save_every=args.save_every, eval_every=args.eval_every,
+                          preview_every=args.preview_every))
 
 
 if __name__ == "__main__":

@@ -3,21 +3,21 @@
 Read before: nothing. Assumes that you have seen a convolution and a KL divergence.
 `toy/autoencoder.py` trains the small one that we ship; `kit/checkpoint.py` reads and writes files.
 
-What happens to one picture of 64 x 96 pixels in the toy (full size in brackets; both are 8x down,
+What happens to one picture of 96 x 64 pixels in the toy (full size in brackets; both are 8x down,
 then folded 2x2):
 
-    pixels   [B,   3, 64, 96]                          RGB in [-1, 1]
-    latent   [B,   8,  8, 12]   ([B,  32, 8, 12])      encode: the posterior's mean and log variance
-    tokens   [B, 24, 32]        ([B, 24, 128])         to_tokens: 4 x 6 = 24 cells of 16 x 16 pixels
-    latent   [B,   8,  8, 12]                          to_latent(tokens, (4, 6))
-    pixels   [B,   3, 64, 96]                          decode
+    pixels   [B,   3, 96, 64]                          RGB in [-1, 1]
+    latent   [B,   8, 12,  8]   ([B,  32, 12, 8])      encode: the posterior's mean and log variance
+    tokens   [B, 24, 32]        ([B, 24, 128])         to_tokens: 6 x 4 = 24 cells of 16 x 16 pixels
+    latent   [B,   8, 12,  8]                          to_latent(tokens, (6, 4))
+    pixels   [B,   3, 96, 64]                          decode
 
 The denoiser never sees pixels: it sees the tokens. So the tokens decide how hard its task is.
 Three things make them easy: they are few (16x down), smooth (the KL term of the training: nearby
-latents decode to nearby pictures), and of zero mean and unit variance (BatchNorm statistics).
+latents decode to nearby pictures), and of zero mean and unit variance (kept statistics, `bn`).
 
-Where this departs: the paper takes FLUX.2's weights, frozen. So does `--size full`; the toy's are
-trained here.
+Where this departs: the paper takes FLUX.2's weights, frozen. So do the larger sizes here; the toy's
+are trained by us.
 """
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,7 @@ class Mid(nn.Module):
         self.attentions = nn.ModuleList([Attention(width, groups)])
         self.resnets = nn.ModuleList([ResBlock(width, width, groups) for _ in range(2)])
 
-    def forward(self, x):                                         # [B, C, H, W], as it comes out
+    def forward(self, x):                                         # [B, C, H, W] -> the same shape
         x = self.resnets[0](x)
         x = self.attentions[0](x)
         return self.resnets[1](x)
@@ -127,7 +127,8 @@ class DownStage(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[B, 3, H, W] -> [B, cout, H/8, W/8] for four widths: stages downwards, then the middle."""
+    """[B, 3, H, W] -> [B, cout, H/8, W/8]: stages downwards, then the middle. Of four stages three
+    halve the size."""
 
     def __init__(self, cout, widths, layers, groups):
         super().__init__()
@@ -180,14 +181,14 @@ class UpStage(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, cin, h, w] -> [B, 3, 8h, 8w] for four widths: the middle, then stages upwards."""
+    """[B, cin, h, w] -> [B, 3, 8h, 8w]: the middle, then stages upwards. Three of four double."""
 
     def __init__(self, cin, widths, layers, groups):
         super().__init__()
         self.conv_in = nn.Conv2d(cin, widths[0], 3, padding=1)
 
-        # The stages are made before the middle, though they come after it: an autoencoder that is
-        # trained again from the same seed must draw the same start.
+        # The stages are made before the middle, though they run after it. Random starts are drawn
+        # in this order, and training again from a seed must start as it did before.
         stages = nn.ModuleList()
         before = widths[0]
         for i, width in enumerate(widths):
@@ -209,23 +210,6 @@ class Decoder(nn.Module):
 
 # --- Latent to tokens -----------------------------------------------------------------------------
 
-def fold(z):
-    """[B, c, 2h, 2w] -> [B, 4c, h, w]; the new channel counts (channel, row, column), column
-    fastest. [checkpoint]"""
-    B, c, H, W = z.shape
-    h, w = H // 2, W // 2
-    z = z.reshape(B, c, h, 2, w, 2).permute(0, 1, 3, 5, 2, 4)     # [B, c, 2, 2, h, w]
-    return z.reshape(B, 4 * c, h, w)
-
-
-def unfold(z):
-    """[B, 4c, h, w] -> [B, c, 2h, 2w], the inverse of `fold`."""
-    B, C, h, w = z.shape
-    c = C // 4
-    z = z.reshape(B, c, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3)     # [B, c, h, 2, w, 2]
-    return z.reshape(B, c, 2 * h, 2 * w)
-
-
 class LensVAE(nn.Module):
     """The autoencoder. config: a mapping with CONFIG_KEYS, such as SIZES["toy"].vae of lens.py or a
     released config.json, whose other keys do not matter. ValueError names a key that is missing."""
@@ -242,7 +226,7 @@ class LensVAE(nn.Module):
         layers = config["layers_per_block"]
         groups = config["norm_num_groups"]
         self.encoder = Encoder(2 * c, widths, layers, groups)     # twice: mean and log variance
-        self.decoder = Decoder(c, widths[::-1], layers + 1, groups)
+        self.decoder = Decoder(c, widths[::-1], layers + 1, groups)   # one layer more [checkpoint]
         self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
         self.post_quant_conv = nn.Conv2d(c, c, 1)
 
@@ -254,7 +238,7 @@ class LensVAE(nn.Module):
         """Images [B, 3, H, W] in [-1, 1] -> the posterior's mean and log variance, [B, c, H/8, W/8]
         each."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)                        # exp of an early, wild one is inf
+        return mean, logvar.clamp(-30, 20)        # early in training exp(logvar) would be infinite
 
     def decode(self, latent):
         """Latent [B, c, H/8, W/8] -> images [B, 3, H, W], about [-1, 1], not clamped."""
@@ -263,7 +247,9 @@ class LensVAE(nn.Module):
     def to_tokens(self, latent):
         """Latent [B, c, 2h, 2w] -> tokens [B, h*w, 4c] of zero mean and unit variance."""
         mean, std = self.statistics()
-        z = (fold(latent).float() - mean) / std                   # [B, 4c, h, w]
+        # Folded 2x2: the new channel counts (channel, row, column), column fastest. [checkpoint]
+        z = F.pixel_unshuffle(latent, 2).float()                  # [B, 4c, h, w]
+        z = (z - mean) / std
         return z.flatten(2).transpose(1, 2).to(latent.dtype)      # [B, h*w, 4c]
 
     def to_latent(self, tokens, grid):
@@ -271,7 +257,7 @@ class LensVAE(nn.Module):
         mean, std = self.statistics()
         z = tokens.float().transpose(1, 2)                        # [B, 4c, h*w]
         z = z.unflatten(2, tuple(grid)) * std + mean              # [B, 4c, h, w]
-        return unfold(z).to(tokens.dtype)                         # [B, c, 2h, 2w]
+        return F.pixel_shuffle(z, 2).to(tokens.dtype)             # [B, c, 2h, 2w]
 
     def statistics(self):
         """Mean and standard deviation of the folded latent, [4c, 1, 1] each. In fp32: bf16 would

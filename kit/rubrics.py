@@ -71,7 +71,7 @@ def read_rubric(given):
     return rubric
 
 
-# --- A judge --------------------------------------------------------------------------------------
+# --- Judges ---------------------------------------------------------------------------------------
 # judge(pictures, rows) -> for each picture the answers to its row's rubrics: True, False, or None
 # (failed); judge.failed: why answers are None. The toy world's judge is toy.checker.Checker.
 
@@ -115,6 +115,51 @@ class EndpointJudge:
         if text is not None and None in answers:
             self.failed.append("nonsense")
         return answers
+
+
+# --- What the answers say -------------------------------------------------------------------------
+
+def reward_of(answers, rubrics):
+    """Mean of the rewarded rubrics' answers that came, or NaN where none did."""
+    known = [answer for answer, rubric in zip(answers, rubrics)
+             if answer is not None and not rubric.get("held_out")]
+    return sum(known) / len(known) if known else math.nan
+
+
+def rubric_shares(answers, rows):
+    """{rubric: share of yes}; the held-out ones count as one, "held_out".
+
+    answers: for each row, for each of its pictures, the answers to the row's rubrics
+    """
+    by_name = collections.defaultdict(list)
+    for group, row in zip(answers, rows):
+        for judged in group:
+            for answer, rubric in zip(judged, row["rubrics"]):
+                name = "held_out" if rubric.get("held_out") else rubric["name"]
+                if answer is not None:
+                    by_name[name].append(answer)
+
+    # A file's rubrics have a thousand names: the commonest are enough.
+    common = sorted(by_name, key=lambda name: -len(by_name[name]))[:16]
+    return {name: round(sum(by_name[name]) / len(by_name[name]), 4) for name in common}
+
+
+def gaming(history):
+    """The warning that the reward is being gamed: it rises, while diversity or the held-out rubrics
+    fall. "" where it is not.
+
+    history: [(reward, diversity, held-out rubrics' share of yes)], one entry a step. The means of
+    the newest ten steps are held against those of the first ten.
+    """
+    reward_then, diversity_then, held_out_then = np.mean(history[:10], axis=0)
+    reward_now, diversity_now, held_out_now = np.mean(history[-10:], axis=0)
+    if reward_now <= reward_then + 0.02:
+        return ""
+    if diversity_now < 0.8 * diversity_then:
+        return f"diversity fell to {diversity_now / diversity_then:.2f} of the start's"
+    if held_out_now < held_out_then - 0.05:
+        return f"the held-out rubrics fell from {held_out_then:.2f} to {held_out_now:.2f}"
+    return ""
 
 
 # --- Written by a language model ------------------------------------------------------------------

@@ -64,9 +64,10 @@ def save_state(run, step, groups, optimizers, settings, progress):
     """Writes state-<step>; all ranks must call it.
 
     groups      {group: {name: tensor}}, say {"model": ..., "ema": ...}; of sharded tensors each
-    rank writes its part optimizers  whose moments are stored under the names of the parameters in
-    `groups` settings    what `check_same_run` compares;  progress: {name: what JSON can hold},
-    which `load_state` gives back
+                rank writes its part
+    optimizers  their moments are stored under the names of the parameters in `groups`
+    settings    what `check_same_run` compares
+    progress    {name: what JSON can hold}, which `load_state` gives back
     """
     path = Path(run.out) / f"state-{step:08d}"
     if path.exists():                              # the same step of the same run: nothing is new

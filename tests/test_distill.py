@@ -29,6 +29,7 @@ import kit.run
 import lens
 import sample
 from kit.checkpoint import load_pipeline, load_transformer, read_metadata, save_pipeline
+from kit.discriminator import places
 from kit.files import LensError, open_safetensors, read_json
 from kit.run import Run, follow
 from kit.state import newest_state
@@ -168,7 +169,7 @@ def test_ida_alone_lags_by_32_steps():
 def test_r1_of_a_linear_head():
     w = torch.randn(6, requires_grad=True)
     x, noise = torch.randn(2, 200_000, 6)
-    r1 = distill.approximate_r1(lambda x: x @ w, x, noise)
+    r1 = distill.approximate_r1(x @ w, (x + distill.R1_NOISE * noise) @ w)
     (grad,) = torch.autograd.grad(r1, w)
     expected = 0.5 * 0.01 * w.square().sum().item()                        # gamma / 2 a^2 |w|^2
     assert r1.item() == pytest.approx(expected, rel=0.02)
@@ -203,12 +204,13 @@ def test_simulation_is_the_samplers_prefix_to_the_bit(grid, length):
     states = [noise]
     sample.denoise(model, noise, text, mask, grid, distill.STEPS, 1.0,
                    on_step=lambda i, x, v: states.append(x.clone()))
+    levels = lens.sigmas(N, distill.STEPS)
     for k in range(distill.STEPS):
-        x = distill.simulate(model, noise, text, mask, grid, k)
+        x = distill.simulate(model, noise, text, mask, grid, levels, k)
         assert torch.equal(x, states[k])
 
     # The last forward, which the gradient goes through, ends where the sampler ends.
-    t = lens.sigmas(N, 4)[3].expand(3)
+    t = levels[3].expand(3)
     y = lens.data_prediction(x, model(x, t, text, mask, grid), t)
     assert torch.allclose(y, states[-1], atol=1e-5)
 
@@ -219,8 +221,8 @@ def test_the_heads_read_three_places_of_the_teacher():
     seen = []
     model(x, t, None, None, (4, 6), on_block=lambda i, img: seen.append(img))
     features = distill.teacher_features(model, x, t, None, None, (4, 6))
-    assert all_equal(features, [seen[i] for i in distill.places(len(seen))])
-    assert distill.places(48) == [16, 32, 47]
+    assert all_equal(features, [seen[i] for i in places(len(seen))])
+    assert places(48) == [16, 32, 47]
 
 
 # --- Updates: players and a batch without a run ---------------------------------------------------
@@ -321,7 +323,7 @@ def test_heads_learn_and_push_the_student_through_the_teacher(base):
     stage = Stage(base, without=("dm", "ca", "ida"))
     first = stage.student_update()
     assert first["gan_loss"] == pytest.approx(math.log(2), abs=0.02)
-    assert first["grad_norm"] == 0                 # heads without an opinion push nothing
+    assert first["grad_norm"] == 0                 # fresh heads push nothing
 
     stage.optimizers["heads"].param_groups[0]["lr"] = 0.01
     stage.batch = replace(stage.batch, tokens=stage.batch.tokens + 2)
@@ -341,7 +343,7 @@ def test_ida_is_what_pulls_the_fake_in_the_students_update(base, without, rate):
     assert all_equal(fake, before) == (rate == 0)
 
 
-def test_a_gradient_that_is_not_finite_touches_nothing(base):
+def test_no_step_is_taken_along_a_gradient_that_is_not_finite(base):
     stage = Stage(base)
     before = stage.copy_of("student")
     for p in stage.players.weights("student").values():
@@ -573,6 +575,17 @@ def test_a_run_is_not_resumed_on_other_captions(base, captions, tmp_path):
         go(base, tmp_path / "run", *flags, "2")
 
 
+def test_a_state_is_written_after_the_weights_that_it_tells_of(base, tmp_path, monkeypatch):
+    """A run killed between the two must do the step again, not take old weights for new ones."""
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "save_pipeline", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go(base, tmp_path, "--steps", "1")
+    assert newest_state(tmp_path) is None
+
+
 def test_an_exported_adapter_is_the_student(base, tmp_path, capsys):
     """A change of rank 2 in one matrix, of weights and biases in the modulation, and of the time
     embedding: all of it comes through rank 4."""
@@ -724,7 +737,7 @@ def test_learning_rates_of_presets_and_flags():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--size", "huge"], "unknown size"),
+    (["--size", "huge"], "invalid choice"),
     (["--size", "full"], "--data"),
     (["--data", "none-*.tar"], "no file matches"),
     (["--data", __file__], "captions alone suffice with --without gan only"),

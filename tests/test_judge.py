@@ -138,15 +138,15 @@ def test_an_endpoint_that_writes_nothing_is_one_line(server, tmp_path, capsys):
 
 def test_a_reward_leaves_out_failures_and_what_is_held_out():
     plain, held_out = {"name": "a", "check": "b"}, {"name": "c", "check": "d", "held_out": True}
-    assert rl.reward_of([True, False, None, True], [plain] * 4) == 2 / 3
-    assert rl.reward_of([True, False], [plain, held_out]) == 1.0
-    assert math.isnan(rl.reward_of([None, True], [plain, held_out]))
+    assert kit_rubrics.reward_of([True, False, None, True], [plain] * 4) == 2 / 3
+    assert kit_rubrics.reward_of([True, False], [plain, held_out]) == 1.0
+    assert math.isnan(kit_rubrics.reward_of([None, True], [plain, held_out]))
 
 
 def test_a_blank_picture_earns_less_than_everything():
     row = toy_rubrics.toy_row(5, 0, TASKS, [(96, 96)])
     (answers,) = Checker()([np.full((96, 96, 3), 128, np.uint8)], [row])
-    assert rl.reward_of(answers, row["rubrics"]) < 1
+    assert kit_rubrics.reward_of(answers, row["rubrics"]) < 1
 
 
 def test_the_checker_is_a_good_judge():
@@ -203,7 +203,7 @@ def test_a_judge_that_misbehaves_costs_a_count(server, tmp_path):
     assert answers[2] == [True] + [None] * (count - 1)
     for k in (1, 3, 4, 5):
         assert answers[k] == [None] * count
-    rewards = [rl.reward_of(one, row["rubrics"]) for one in answers]
+    rewards = [kit_rubrics.reward_of(one, row["rubrics"]) for one in answers]
     assert rewards[0] == rewards[2] == 1.0
     assert all(math.isnan(rewards[k]) for k in (1, 3, 4, 5))
     assert len(judge.failed) == 5
@@ -249,7 +249,7 @@ def search(out, steps, *flags):
     return [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
 
 
-def stop_in_second_candidate(self, which, k, systems, made=rl.Trials.__call__):
+def stop_in_second_candidate(self, which, k, systems, made=reason.Trials.__call__):
     if k > 0 and which != "final":
         raise KeyboardInterrupt
     return made(self, which, k, systems)
@@ -267,7 +267,7 @@ def test_a_search_resumes_logs_and_saves_what_sample_takes(small_search, tmp_pat
 
     # Stopped in the middle of its second candidate, it goes on to the same end.
     with monkeypatch.context() as patch:
-        patch.setattr(rl.Trials, "__call__", stop_in_second_candidate)
+        patch.setattr(reason.Trials, "__call__", stop_in_second_candidate)
         with pytest.raises(KeyboardInterrupt):
             search(tmp_path / "b", 2)
     assert search(tmp_path / "b", 2) == straight
@@ -286,45 +286,108 @@ def test_a_search_resumes_logs_and_saves_what_sample_takes(small_search, tmp_pat
     assert Image.open(picture).text["system_prompt"] == best
 
 
-class Echo:
+def echo(system, requests, seed, trial):
     """A reasoner that leaves requests as they are."""
-
-    def rewrite(self, requests, system=None, seed=None):
-        return requests
+    return requests
 
 
-def fake_trials(monkeypatch, judge=None):
-    """(Trials on 60 toy prompts, the list of seeds of every call of sample.generate)."""
+def fake_trials(rows=None, judge=None, seed=0):
+    """(Trials on 60 toy prompts or `rows`, the seeds of every batch of pictures)."""
     asked = []
 
-    def blank_pictures(prompts, pipeline, seeds, **_):
+    def blank_pictures(prompts, seeds):
         asked.append(seeds)
         return [Image.new("RGB", (64, 64)) for _ in prompts]
 
-    monkeypatch.setattr(sample, "generate", blank_pictures)
-    rows = [toy_rubrics.toy_row(0, i, TASKS, [(64, 64)], "brief") for i in range(60)]
-    trials = rl.Trials(
-        pipeline=None, reasoner=Echo(), judge=judge or Checker(), rows=rows,
-        search=reason.Search(summary=5, pairs=10, final=5), seed=0, size=(64, 64), steps=2,
-        guidance=1.0, batch_size=8)
+    if rows is None:
+        rows = [toy_rubrics.toy_row(0, i, TASKS, [(64, 64)]) for i in range(60)]
+    trials = reason.Trials(
+        rows, reason.Reasoner(echo, REWRITE), blank_pictures, judge or Checker(),
+        reason.Search(summary=5, pairs=10, final=5), seed)
     return trials, asked
 
 
-def test_no_request_is_in_two_sets(monkeypatch):
-    trials, asked = fake_trials(monkeypatch)
-    for which in ("summary", "pairs 1", "pairs 2", "final"):
+PARTS = ("summary", "pairs 1", "pairs 2", "final")
+
+
+def test_no_row_is_in_two_sets():
+    trials, asked = fake_trials()
+    for which in PARTS:
         trials(which, 0, [REWRITE])
     assert [len(seeds) for seeds in asked] == [5, 5, 5, 5]
     assert len(set(sum(asked, []))) == 20
 
 
-def test_both_system_prompts_get_the_same_requests_and_noises(monkeypatch):
-    trials, asked = fake_trials(monkeypatch)
+@pytest.mark.parametrize("seed", range(5))
+def test_no_request_is_in_two_sets_where_requests_repeat(seed):
+    rows = [{"prompt": f"request {i % 15}", "rubrics": [kit_rubrics.COHERENT]} for i in range(60)]
+    trials, _ = fake_trials(rows, seed=seed)
+    sets = {name: {rows[i]["prompt"] for i in trials.parts[name][0]} for name in PARTS}
+    assert sets["pairs 1"] == sets["pairs 2"]
+    dealt = [sets["summary"], sets["pairs 1"], sets["final"]]
+    assert sum(len(requests) for requests in dealt) == len(set.union(*dealt)) == 15
+    members = [trials.parts[name][0] for name in ("summary", "pairs 1", "final")]
+    assert sorted(sum(members, [])) == list(range(60))
+
+
+def test_distinct_requests_are_dealt_as_their_rows_were():
+    trials, _ = fake_trials(seed=3)
+    parts = np.array_split(np.random.default_rng(3).permutation(60), 3)
+    for name, part in zip(("summary", "pairs 1", "final"), parts):
+        assert trials.parts[name][0] == part.tolist()
+
+
+def test_the_second_half_of_few_pairs_is_not_empty(tmp_path, monkeypatch):
+    """Twelve rows make sets of four, fewer than half of the pairs that the search would take."""
+    monkeypatch.setattr(reason, "ERROR", 0.9)
+    rows = [toy_rubrics.toy_row(0, i, TASKS, [(64, 64)]) for i in range(12)]
+    shown = []
+
+    def judge(pictures, rows):
+        """The first system prompt's pictures are wrong, the other's are right."""
+        shown.append(len(pictures))
+        right = len(shown) % 2 == 1
+        return [[right] * len(row["rubrics"]) for row in rows]
+
+    judge.failed = ()
+    trials, _ = fake_trials(rows, judge)
+    assert trials.pairs == 4
+
+    def propose(system, failures, tried):
+        return "a better one"
+
+    reason.search_prompt(tmp_path, trials, propose, 1, {})
+    lines = [json.loads(line) for line in (tmp_path / "search.jsonl").read_text().splitlines()]
+    assert shown == [4, 2, 2, 2, 2, 4, 4]           # summary; halves, under both each; final
+    assert lines[1]["pairs"] == 4
+    assert lines[1]["accepted"]
+    assert (tmp_path / "best.txt").read_text() == "a better one\n"
+
+
+def test_the_gain_counts_what_was_judged_under_both():
+    nan = math.nan
+
+    def trials(which, k, systems):
+        assert which == "final"
+        return np.array([[0.0, 0.5, 0.5, nan], [1.0, 1.0, 0.5, 1.0]]), ["", ""]
+
+    trials.seed = 0
+    final = reason.gain_over("start", "best", trials)
+    assert final["requests"] == 3
+    assert final["gain"] == 0.5
+    assert final["error"] == round(np.std([1.0, 0.5, 0.0]) / math.sqrt(3), 4)
+    assert final["start"] == round(1 / 3, 4)
+    assert final["right_best"] == round(2 / 3, 4)
+
+
+def test_both_system_prompts_get_the_same_requests_and_noises():
+    trials, asked = fake_trials()
     rewards, failures = trials("pairs 1", 0, ["one", "other"])
     assert asked[0] == asked[1]
     assert rewards.shape == (2, 5)
     assert np.array_equal(rewards[0], rewards[1])
-    assert failures.startswith("5 of 5 pictures had something wrong")
+    assert len(failures) == 2
+    assert failures[0].startswith("5 of 5 pictures had something wrong")
     trials("pairs 1", 1, ["one"])
     assert asked[2] != asked[0]                      # the next candidate meets other requests
 
@@ -336,8 +399,8 @@ class Silent:
         return [[None] * len(row["rubrics"]) for row in rows]
 
 
-def test_a_search_whose_judge_never_answers_says_so(monkeypatch):
-    trials, _ = fake_trials(monkeypatch, Silent())
+def test_a_search_whose_judge_never_answers_says_so():
+    trials, _ = fake_trials(judge=Silent())
     with pytest.raises(LensError, match="no answer from the judge.*'HTTP 400': 3"):
         trials("summary", 0, [REWRITE])
 
@@ -360,7 +423,7 @@ def everything(request):
 
 
 def test_a_search_by_an_endpoint(server, small_search, tmp_path):
-    rows = [json.dumps({**LINE, "prompt": "a red circle"})] * 30
+    rows = [json.dumps({**LINE, "prompt": f"a red circle, {k}"}) for k in range(30)]
     write_lines(tmp_path / "rows.jsonl", *rows)
     server.script = [everything]
     lines = search(tmp_path / "out", 1, "--data", str(tmp_path / "rows.jsonl"),

@@ -1,9 +1,8 @@
 """The reasoner and the search for its system prompt: the user's words kept, faults told, and a
 paired test that is not fooled."""
 import functools
-import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +12,6 @@ from conftest import ROOT, error_line
 from PIL import Image
 
 import reason
-import rl
 import sample
 from kit import chat
 from kit.chat import Endpoint, clean
@@ -45,12 +43,10 @@ class Writer:
 def test_refusals_are_asked_again_and_at_last_the_users_words_stand(capsys):
     writer = Writer({("a cat", 2): CAT, ("a dog", 0): "A dog."})
     requests = ["a cat", "a dog", "a cat", "a cow"]
-    prompts = reason.reason(writer, requests, "be dense", trials=4)
+    prompts = reason.reason(writer, requests, "be dense")
     assert prompts == [CAT, "A dog.", CAT, "a cow"]
-    assert writer.asked == [["a cat", "a dog", "a cow"],
-                            ["a cat", "a cow"],
-                            ["a cat", "a cow"],
-                            ["a cow"]]
+    assert writer.asked[:3] == [["a cat", "a dog", "a cow"], ["a cat", "a cow"], ["a cat", "a cow"]]
+    assert writer.asked[3:] == [["a cow"]] * (reason.TRIALS - 3)
     notice = capsys.readouterr().err
     assert "1 of 3 requests" in notice
     assert "a cow" in notice
@@ -80,13 +76,18 @@ def test_a_check_sees_requests_without_markers():
     assert set(seen) == {"a cat"}
 
 
-def test_a_reasoner_has_its_own_settings_and_takes_others():
+def test_a_reasoner_has_its_settings():
     writer = Writer({("a cat", 0): CAT})
     reasoner = reason.Reasoner(writer, "its own", 3)
     assert reasoner.system == "its own"
     assert reasoner.rewrite(["a cat"]) == [CAT]
-    assert reasoner.rewrite(["a cat"], system="another", seed=0) == [CAT]
-    assert writer.told == [("its own", 3), ("another", 0)]
+    assert replace(reasoner, system="another").rewrite(["a cat"]) == [CAT]
+    assert writer.told == [("its own", 3), ("another", 3)]
+
+
+def test_the_system_prompt_has_no_line_that_breaks_off():
+    for line in reason.SYSTEM.splitlines():
+        assert line.endswith(".")
 
 
 def test_no_request_no_question():
@@ -236,31 +237,47 @@ def test_a_refusal_among_good_answers_costs_only_itself(server, no_long_waits, c
 # --- The paired test ------------------------------------------------------------------------------
 
 def test_the_paired_test_against_known_answers():
-    accepted, p, gain = reason.better(np.zeros(10), np.ones(10), 0.01)
-    assert accepted
+    p, gain = reason.paired_test(np.zeros(10), np.ones(10))
     assert p == pytest.approx(2**-10, abs=7e-4)
     assert gain == 1
-    accepted, _, _ = reason.better(np.ones(10), np.zeros(10), 0.5)
-    assert not accepted
-    assert reason.better(np.ones(5), np.ones(5), 0.5) == (False, 1.0, 0.0)
-    assert reason.better([], [], 0.5) == (False, 1.0, 0.0)
+    assert reason.paired_test(np.ones(10), np.zeros(10)) == (1.0, -1.0)
+    assert reason.paired_test(np.ones(5), np.ones(5)) == (1.0, 0.0)
+    assert reason.paired_test([], []) == (1.0, 0.0)
 
 
 def test_failed_judgements_drop_out_of_the_paired_test():
-    accepted, p, gain = reason.better([0, 0, 0, np.nan], [1, 1, 1, 0], 0.2)
-    assert accepted
+    p, gain = reason.paired_test([0, 0, 0, np.nan], [1, 1, 1, 0])
     assert p == pytest.approx(1 / 8, abs=0.02)
     assert gain == 1
 
 
-def test_the_paired_test_errs_no_more_often_than_it_says():
+def test_the_paired_test_errs_no_more_often_than_it_says(monkeypatch):
+    monkeypatch.setattr(reason, "FLIPS", 2000)
     rng = np.random.default_rng(0)
     wrong = 0
     for k in range(400):
         old, new = rng.random(40) ** 3, rng.random(40) ** 3
-        accepted, _, _ = reason.better(old, new, 0.05, k, 2000)
-        wrong += accepted
+        p, _ = reason.paired_test(old, new, 0.05, k)
+        wrong += p <= 0.05
     assert wrong <= 400 * 0.05 + 3 * np.sqrt(400 * 0.05 * 0.95)
+
+
+@pytest.mark.parametrize("candidate", [1, 8, 20, 50])
+def test_a_clear_gain_passes_whatever_the_level(candidate):
+    """As many pairs as a real search has, all won: p must be able to fall below any level."""
+    alpha = reason.ERROR / (candidate * (candidate + 1))
+    p, _ = reason.paired_test(np.zeros(48), np.ones(48), alpha)
+    assert p < alpha / 2
+
+
+def test_up_to_the_eighth_candidate_20000_patterns_do():
+    """The numbers of the searches that the log tells of."""
+    rng = np.random.default_rng(0)
+    old, new = rng.random(30), rng.random(30) + 0.1
+    signs = 2.0 * np.random.default_rng((4, 7)).integers(0, 2, (20_000, 30), dtype=np.int8) - 1
+    at_least = int((signs @ (new - old) >= (new - old).sum() - 1e-9).sum())
+    p, _ = reason.paired_test(old, new, reason.ERROR / (8 * 9), (4, 7))
+    assert p == (1 + at_least) / 20_001
 
 
 # --- Climbing -------------------------------------------------------------------------------------
@@ -290,7 +307,7 @@ def synthetic_trial(seed, shuffled=False):
         rewards = np.stack(rewards)
         if shuffled:
             rewards = rng.permutation(rewards.ravel()).reshape(rewards.shape)
-        return rewards, FAILURES
+        return rewards, [FAILURES] * len(systems)
 
     return trial
 
@@ -300,7 +317,7 @@ def write_nowhere(candidates):
 
 
 def climb_guidelines(trial, steps, candidates, write=write_nowhere, seed=0):
-    return reason.climb(REWRITE, trial, edit_guidelines, steps, candidates, write, seed)
+    return reason.climb(REWRITE, trial, edit_guidelines, steps, 192, candidates, write, seed)
 
 
 def search_20_times(shuffled):
@@ -324,13 +341,14 @@ def test_a_search_accepts_nothing_on_shuffled_rewards_and_something_on_true_ones
 
 def test_the_errors_of_a_whole_search_add_up_to_the_promised_one():
     def hopeless_trial(which, k, systems):
-        return np.zeros((len(systems), 4)), ""
+        return np.zeros((len(systems), 4)), [""] * len(systems)
 
     def always_something_new(best, failures, tried):
         return f"system prompt {len(tried)}"
 
     candidates = []
-    reason.climb("start", hopeless_trial, always_something_new, 200, candidates, write_nowhere)
+    reason.climb("start", hopeless_trial, always_something_new, 200, 192, candidates,
+                 write_nowhere)
     assert len(candidates) == 200
     assert sum(candidate.alpha for candidate in candidates) <= reason.ERROR + 1e-3      # rounded
     assert not any(candidate.accepted for candidate in candidates)
@@ -360,7 +378,7 @@ def test_half_the_pairs_are_spared_where_there_is_no_gain():
         rewards = np.zeros((len(systems), 6))
         if systems[-1] == "good":
             rewards[-1] = 1.0
-        return rewards, "failures"
+        return rewards, ["failures"] * len(systems)
 
     proposals = ["bad", "good"]
 
@@ -368,13 +386,28 @@ def test_half_the_pairs_are_spared_where_there_is_no_gain():
         return proposals[len(tried) - 1] if len(tried) <= 2 else None
 
     candidates = []
-    best = reason.climb("start", trial, propose, 9, candidates, write_nowhere)
+    best = reason.climb("start", trial, propose, 9, 12, candidates, write_nowhere)
     assert seen == ["summary", "pairs 1", "summary", "pairs 1", "pairs 2", "summary"]
     assert [candidate.pairs for candidate in candidates] == [6, 12]
     assert [candidate.accepted for candidate in candidates] == [False, True]
     assert best == "good"
     assert reason.best_system("start", candidates) == "good"
     assert reason.best_system("start", candidates[:1]) == "start"
+
+
+def test_a_search_stops_where_its_pairs_are_too_few_to_accept_anything(capsys):
+    """Twelve pairs, all won, have p = 2^-12; the level of the ninth candidate is below that."""
+    def trial(which, k, systems):
+        return np.zeros((len(systems), 6)), [""] * len(systems)
+
+    def propose(system, failures, tried):
+        return f"system prompt {len(tried)}"
+
+    candidates = []
+    reason.climb("start", trial, propose, 30, 12, candidates, write_nowhere)
+    assert candidates[-1].alpha > 2**-12 > reason.ERROR / (9 * 10)
+    assert len(candidates) == 8
+    assert "12 pairs are too few to accept a candidate 9" in capsys.readouterr().out
 
 
 # --- What a proposer is told ----------------------------------------------------------------------
@@ -426,12 +459,24 @@ def test_the_proposer_behind_an_endpoint(server, no_long_waits):
                      '["a list"]',
                      "die", "die"]
     propose = reason.propose_by(Endpoint(server.url, "writer", tries=2, timeout=0.5))
-    assert propose("old", "3 of 4 wrong", ["tried once"]) == "Describe each object apart."
+    tried = ["tried once", "old"]
+    assert propose("old", "3 of 4 wrong", tried) == "Describe each object apart."
     question = server.calls[0]["messages"][0]["content"]
-    for word in ("old", "3 of 4 wrong", "tried once"):
+    for word in ("3 of 4 wrong", "not better, or was replaced by a better one: tried once"):
         assert word in question
-    unusable = [propose("old", str(k), []) for k in range(5)]
+    unusable = [propose("old", str(k), tried) for k in range(5)]
     assert unusable == [None] * 5
+
+
+def test_the_best_so_far_is_not_called_worse(server, no_long_waits):
+    server.script = ['{"system_prompt": "something new"}']
+    propose = reason.propose_by(Endpoint(server.url, "writer"))
+    propose("the best", "3 of 4 wrong", ["the best"])
+    propose("the best", "3 of 4 wrong", ["a", "b", "c", "d", "the best", "e"])
+    first, second = [call["messages"][0]["content"] for call in server.calls]
+    assert "tried before" not in first
+    assert first.count("the best") == second.count("the best") == 1
+    assert second.count("tried before") == 4
 
 
 # --- sample.py --reason ---------------------------------------------------------------------------
@@ -497,86 +542,3 @@ def test_a_dead_endpoint_ends_the_command_with_one_line(tmp_path, no_long_waits,
 def test_mistakes_are_one_line(flags, said, tmp_path, capsys):
     flags = ["--prompt", "a star", "--out", str(tmp_path), *QUICK, *flags]
     assert said in error_line(sample.main, flags, capsys)
-
-
-# --- rl.py --search -------------------------------------------------------------------------------
-
-@pytest.fixture
-def quick_search(monkeypatch):
-    """Few pictures of two steps, and an error so large that something is accepted on so few."""
-    def two_steps(*_, **__):
-        return 2, 1.0
-
-    monkeypatch.setitem(reason.SEARCH, "toy", reason.Search(summary=2, pairs=4, final=4))
-    monkeypatch.setattr(reason, "ERROR", 0.9)
-    monkeypatch.setattr(sample, "sampler_settings", two_steps)
-
-
-def search(out, steps, *flags):
-    """Runs rl.py --search -> the lines of its log."""
-    rl.main(["--search", "--out", str(out), "--steps", str(steps), "--pool", "60",
-             "--device", "cpu", "--dtype", "fp32", *flags])
-    return [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
-
-
-def test_a_search_logs_and_saves_what_sample_takes(tmp_path, monkeypatch, quick_search):
-    lines = search(tmp_path / "a", 3)
-    candidates = [reason.Candidate(**line) for line in lines if "candidate" in line]
-    assert len(candidates) == 3
-    assert lines[-1]["final"]
-    best = reason.best_system(REWRITE, candidates)
-    best_file = tmp_path / "a" / "best.txt"
-    assert best_file.read_text().strip() == best
-    with pytest.raises(LensError, match="another search"):
-        search(tmp_path / "a", 3, "--seed", "1")
-
-    monkeypatch.undo()
-    _, notes = sample_with_reason(tmp_path / "b", "--prompt", "a star",
-                                  "--system-prompt", str(best_file))
-    assert notes["system_prompt"] == best
-
-
-class Stopped(Exception):
-    pass
-
-
-def test_a_search_resumes_where_it_was_stopped(tmp_path, monkeypatch, quick_search, capsys):
-    straight = search(tmp_path / "a", 2)
-    climb = reason.climb
-
-    def stopped_in_the_second(start, trial, *others):
-        def stopping(which, k, systems):
-            if k == 1 and which == "pairs 1":
-                raise Stopped
-            return trial(which, k, systems)
-
-        return climb(start, stopping, *others)
-
-    monkeypatch.setattr(reason, "climb", stopped_in_the_second)
-    with pytest.raises(Stopped):
-        search(tmp_path / "b", 2)
-    monkeypatch.setattr(reason, "climb", climb)
-    assert search(tmp_path / "b", 2) == straight
-    assert "1 candidates judged before" in capsys.readouterr().out
-
-
-def test_no_request_is_in_two_sets(tmp_path, monkeypatch, quick_search):
-    """Each picture's seed says which request it is for: 1000 k + its number."""
-    requests_of = {}
-
-    def watch(start, trial, propose, steps, candidates, write, seed):
-        for which in ("summary", "pairs 1", "pairs 2", "final"):
-            def generate(prompts, pipeline, seeds, which=which, **_):
-                requests_of[which] = {seed % 1000 for seed in seeds}
-                return [Image.new("RGB", (96, 96))] * len(prompts)
-
-            monkeypatch.setattr(sample, "generate", generate)
-            trial(which, 0, [REWRITE])
-        return start
-
-    monkeypatch.setattr(reason, "climb", watch)
-    search(tmp_path, 1)
-    sizes = [len(requests) for requests in requests_of.values()]
-    assert len(sizes) == 4
-    assert min(sizes) >= 2
-    assert sum(sizes) == len(set().union(*requests_of.values()))

@@ -13,8 +13,15 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STEADY_SCRIPT, error_line, fixed_attention, fixed_dtype, rows
-from conftest import untimed_rows as log_of
+from conftest import (
+    ROOT,
+    STEADY_SCRIPT,
+    error_line,
+    fixed_attention,
+    fixed_dtype,
+    rows,
+    untimed_rows,
+)
 from shards import make_shards, spoil
 
 import data
@@ -79,7 +86,7 @@ def finished(undisturbed, tmp_path):
 
 def assert_same_run(out, expected):
     """Every number that no clock fills, and every weight, to the bit."""
-    assert log_of(out) == log_of(expected)
+    assert untimed_rows(out) == untimed_rows(expected)
     one = load_transformer(out).state_dict()
     other = load_transformer(expected).state_dict()
     assert one.keys() == other.keys()
@@ -133,7 +140,8 @@ def test_a_run_on_the_world_goes_on_to_the_bit(on_world, tmp_path, steady, monke
 def start(tmp_path):
     """start(flags) runs train.py in a process and a group of its own."""
     script = tmp_path / "run.py"
-    script.write_text(f"{STEADY_SCRIPT}\nimport sys\nimport train\ntrain.main(sys.argv[1:])\n")
+    script.write_text(f"{STEADY_SCRIPT}\nimport kit.files\nimport train\n"
+                      "kit.files.run_command(train.main)\n")
     threads = str(torch.get_num_threads())         # with as many, sums come in the same order
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
     started = []
@@ -182,8 +190,6 @@ def test_a_torn_last_line_of_the_log_does_not_block_a_resume(
         on_world, tmp_path, steady, monkeypatch):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     train_in(whole, on_world, "--save-every", "3")
-    train_in(torn, on_world, "--save-every", "3", "--steps", "8")
-    shutil.rmtree(torn)
 
     def die():
         with open(torn / "metrics.jsonl", "a") as log:
@@ -250,6 +256,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 import lens
 import train
 from kit.checkpoint import load_transformer
@@ -297,8 +305,9 @@ for _ in range(20):
         assert step >= last, (step, last)
         last, loaded = step, loaded + 1
     if (out / "model_index.json").exists():
-        weights = load_transformer(out).state_dict().values()
-        assert len({number for w in weights for number in w.unique().tolist()}) == 1
+        weights = load_transformer(out).state_dict()
+        learnt = torch.cat([weights[name].flatten() for name in learner.averaged()])
+        assert len(learnt.unique()) == 1
 print("loaded", loaded)
 print("last", last)
 
@@ -327,6 +336,33 @@ def test_killed_while_saving_twenty_times_the_newest_state_is_whole(parts, tmp_p
     # A full disk is one line, and the state before it stays.
     assert said["error"].startswith("cannot write")
     assert said["still"] == said["last"]
+
+
+def test_a_run_that_is_killed_in_its_last_save_still_gets_its_last_weights(
+        on_world, tmp_path, steady, monkeypatch):
+    """After the first of its two parts, state and weights. Once the state came first: the run was
+    done then, and the weights stayed those of the save before."""
+    flags = [*on_world, "--save-every", "3"]       # saves after steps 3, 6 and 8
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train_in(whole, flags)
+
+    parts_saved = itertools.count(1)
+
+    def dies_after_its_fifth(save):
+        def part(*inputs, **named):
+            save(*inputs, **named)
+            if next(parts_saved) == 5:
+                raise Killed
+        return part
+
+    with monkeypatch.context() as patch:
+        for name in ("save_state", "save_pipeline"):
+            patch.setattr(train, name, dies_after_its_fifth(getattr(train, name)))
+        with pytest.raises(Killed):
+            train_in(halves, flags)
+    assert steps_of(halves)[-1] == 8
+    train_in(halves, flags)
+    assert_same_run(halves, whole)
 
 
 # --- What may not go on in the same folder --------------------------------------------------------
@@ -420,18 +456,32 @@ def test_the_count_of_spoilt_samples_goes_on_with_the_run(on_shards, finished, s
         train_in(finished, on_shards, "--steps", "30", "--workers", "0")
 
 
-def test_cached_latents_train_as_pictures_do(on_shards, shards, parts, tmp_path, steady):
-    """The same samples in the same order, but for the crop."""
+@pytest.fixture(scope="module")
+def on_latents(on_shards, shards, parts, tmp_path_factory):
+    """Flags of a run on the same shards, encoded once."""
+    out = tmp_path_factory.mktemp("latents")
     data.main(["cache", "--data", shards, "--bases", "64,96", "--weights", str(parts),
-               "--out", str(tmp_path / "latents")])
-    flags = other_shards(on_shards, str(tmp_path / "latents" / "*.tar"))
-    train_in(tmp_path / "run", flags, "--workers", "0")
-    assert steps_of(tmp_path / "run") == list(range(1, 25))
-    assert np.isfinite([row["loss"] for row in rows(tmp_path / "run")]).all()
+               "--out", str(out)])
+    return other_shards(on_shards, str(out / "*.tar"))
 
+
+def test_cached_latents_train_as_pictures_do(on_latents, tmp_path, steady):
+    """The same samples in the same order, but for the crop."""
+    train_in(tmp_path, on_latents, "--workers", "0")
+    assert steps_of(tmp_path) == list(range(1, 25))
+    assert np.isfinite([row["loss"] for row in rows(tmp_path)]).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_latents_of_another_autoencoder_end_the_process(workers, on_latents, tmp_path, start):
+    """With what a worker found. One that ignores SIGTERM was once waited for without end."""
     toy = ["--size", "toy", "--batch", "2,2,2", "--parts", str(ROOT / "weights" / "toy")]
-    with pytest.raises(LensError, match="another autoencoder"):
-        train_in(tmp_path / "toy", flags, *toy, "--workers", "1")
+    process = start([*on_latents, *toy, "--workers", str(workers), "--out", str(tmp_path / "out")])
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert complaint.count("error: ") == 1
+    assert "holds latents of another autoencoder" in complaint
+    assert "Traceback" not in complaint
 
 
 # --- Adapters -------------------------------------------------------------------------------------
@@ -463,7 +513,7 @@ def test_lora_trains_an_adapter_and_nothing_else_and_goes_on_to_the_bit(
         with pytest.raises(Killed):
             train_in(halves, flags)
     train_in(halves, flags)
-    assert log_of(halves) == log_of(whole)
+    assert untimed_rows(halves) == untimed_rows(whole)
     again = copy.deepcopy(base)
     merge_lora(again, halves)
     for name, w in again.state_dict().items():

@@ -19,7 +19,8 @@ import sample
 import train
 from kit.checkpoint import load_pipeline, load_transformer, read_metadata
 from kit.lora import merge_lora
-from kit.run import Run
+from kit.rubrics import gaming
+from kit.run import Run, choose
 from kit.state import check_no_other_weights, newest_state
 from toy.checker import Checker
 from toy.world import TASKS
@@ -224,38 +225,45 @@ def test_every_row_comes_once_before_any_comes_again():
     assert taken[:10] != taken[10:]
 
 
-def test_the_watch_warns_when_diversity_falls_under_a_rising_reward():
-    watch = rl.Watch()
-    for k in range(20):
-        assert watch(0.5 + 0.01 * k, 1.0, 0.9) == ""
-    warnings = [watch(0.8, 0.5, 0.9) for _ in range(20)]
+def warnings_of(history):
+    """The warning after each step."""
+    return [gaming(history[:k + 1]) for k in range(len(history))]
+
+
+RISING = [(0.5 + 0.01 * k, 1.0, 0.9) for k in range(20)]
+
+
+def test_gaming_is_told_when_diversity_falls_under_a_rising_reward():
+    warnings = warnings_of(RISING + [(0.8, 0.5, 0.9)] * 20)
+    assert warnings[:20] == [""] * 20
     assert any("diversity" in warning for warning in warnings)
 
 
-def test_the_watch_says_nothing_where_the_reward_does_not_rise():
-    watch = rl.Watch()
-    for k in range(15):
-        assert watch(0.5, 1.0 - 0.05 * k, 0.9) == ""
+def test_nothing_is_told_where_the_reward_does_not_rise():
+    assert warnings_of([(0.5, 1.0 - 0.05 * k, 0.9) for k in range(15)]) == [""] * 15
 
 
-def test_the_watch_warns_when_held_out_rubrics_fall_and_keeps_its_memory():
-    watch = rl.Watch()
-    for _ in range(10):
-        watch(0.5, 1.0, 0.9)
-    watch = rl.Watch(**json.loads(json.dumps({"first": watch.first, "last": watch.last})))
-    warnings = [watch(0.8, 1.0, 0.6) for _ in range(20)]
+def test_gaming_is_told_when_held_out_rubrics_fall():
+    warnings = warnings_of([(0.5, 1.0, 0.9)] * 10 + [(0.8, 1.0, 0.6)] * 20)
+    assert warnings[:10] == [""] * 10
     assert any("held-out" in warning for warning in warnings)
+
+
+def test_gaming_is_told_of_the_newest_ten_against_the_first_ten():
+    history = [(0.5, 1.0, 0.9)] * 10 + [(0.8, 0.1, 0.9)] * 50
+    assert gaming(history) == "diversity fell to 0.10 of the start's"
+    assert gaming(history + [(0.5, 1.0, 0.9)] * 10) == ""
 
 
 def test_a_resumed_run_keeps_to_its_precision_and_kernel(tmp_path, steady):
     config = lens.SIZES["nano"].transformer
     run = Run(tmp_path)
     kept = {"bf16": True, "attention": "math"}
-    rl.choose_speed(run, config, tokens=20)
+    choose(run, config, tokens=20)
     assert (run.bf16, run.attention) == (False, "flash")
-    rl.choose_speed(run, config, tokens=20, kept=kept)
+    choose(run, config, tokens=20, kept=kept)
     assert (run.bf16, run.attention) == (True, "math")
-    rl.choose_speed(run, config, tokens=20, dtype="fp32", kept=kept)
+    choose(run, config, tokens=20, dtype="fp32", kept=kept)
     assert (run.bf16, run.attention) == (False, "math")
 
 
@@ -427,6 +435,26 @@ def test_what_is_saved_is_a_lora_that_merges(base, whole, tmp_path, capsys):
         assert torch.equal(merged[name], written[name])
     assert any(not torch.equal(plain[name], merged[name]) for name in plain)
     assert float(read_metadata(tmp_path / "merged")["guidance"]) == 1.0
+
+
+def test_the_state_is_saved_last(base, tmp_path, steady, monkeypatch):
+    """A run that is killed while it saves its state has the adapter of that step already."""
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rl, "save_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go(base, tmp_path, "--steps", "1")
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert newest_state(tmp_path) is None
+
+
+def test_a_resumed_run_keeps_what_it_has_seen(base, whole):
+    notes = json.loads((newest_state(whole) / "notes.json").read_text())
+    history = notes["progress"]["history"]
+    expected = [[row["reward"], row["diversity"], row["rubrics"]["held_out"]]
+                for row in untimed_rows(whole)]
+    assert history == expected
 
 
 def test_sample_takes_the_lora(base, whole, tmp_path):

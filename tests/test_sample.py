@@ -202,6 +202,11 @@ def test_forwards_a_step():
     assert calls == [2] * 8
 
 
+def test_larger_batches_share_a_forward_on_a_gpu_than_on_a_cpu():
+    assert sample.share_limit("cpu") == 512
+    assert sample.share_limit(torch.device("cuda:1")) == 2048
+
+
 def test_guided_velocity_keeps_the_length_of_the_conditional_one():
     generator = torch.Generator().manual_seed(0)
     cond, uncond = torch.randn(2, 2, 7, 16, generator=generator).unbind(0)
@@ -281,6 +286,19 @@ def test_image_to_image_starts_from_the_picture(pipeline):
         assert len(states) == steps
         expected = lens.add_noise(x0, noise, levels[20 - steps].item())
         assert difference(states[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("strength", [1.5, 0.0])
+def test_a_strength_that_is_no_share_is_refused(strength, pipeline):
+    start = Image.new("RGB", (64, 64))
+    with pytest.raises(LensError, match="above 0 and at most 1"):
+        sample.generate("a star", pipeline, images=[start], strength=strength)
+
+
+def test_a_usual_picture_is_as_large_as_the_notes_say_else_as_the_model():
+    assert sample.usual_base({"base": "96"}, channels=32) == 96
+    assert sample.usual_base({}, channels=32) == sample.TOY_BASE
+    assert sample.usual_base({}, channels=128) == sample.BASE
 
 
 def test_settings_are_as_asked_else_as_the_weights_say_else_the_defaults():
@@ -587,6 +605,10 @@ HAS_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
     (["--prompt", "x", "--aspect", "3:1"], "1:2"),
     (["--prompt", "x", "--aspect", "wide"], "W:H"),
     (["--prompt", "x", "--aspect", "1:1", "--height", "64"], "not both"),
+    (["--prompt", "x", "--base", "64", "--height", "64"], "not both"),
+    (["--prompt", "x", "--base", "64", "--width", "64"], "not both"),
+    (["--prompt", "x", "--eval"], "give one of"),
+    (["--prompt", "x", "--prompts-file", "{bad}/blank.txt"], "give one of"),
     (["--prompt", "x", "--height", "1456", "--width", "1456"], "1440"),
     (["--prompt", "x", "--height", "48", "--width", "112"], "1:2"),
     (["--prompt", "x", "--height", "-16", "--width", "96"], "--height: must be at least 1"),

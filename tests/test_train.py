@@ -35,6 +35,7 @@ from kit.lora import add_lora, merge_lora
 from kit.run import Run, compile_blocks
 from kit.state import kept_progress, newest_state
 from toy.dataset import label_head, label_loss, label_sizes
+from toy.world import SHAPES
 
 NANO = lens.SIZES["nano"].transformer
 GRID = (2, 3)
@@ -110,6 +111,35 @@ def test_a_stage_of_one_area_has_squares_and_one_of_more_has_nine_ratios():
     assert stage.sizes() == small + large
     expected = [16] * len(small) + [8] * len(large)
     assert list(stage.pictures(stage.sizes()).values()) == expected
+
+
+def test_a_bucket_of_shards_has_as_many_pictures_as_the_area_nearest_to_it():
+    stage = train.STAGES["toy", 2]
+    sizes = [(16, 16), (64, 64), (80, 64), (96, 112), (128, 96), (512, 512)]
+    assert list(stage.pictures(sizes).values()) == [96, 96, 96, 72, 72, 48]
+
+
+def test_the_stages_of_a_size_share_what_one_optimizer_has():
+    """A run makes its optimisers once."""
+    for size in ("nano", "toy", "full"):
+        one, two = train.STAGES[size, 1], train.STAGES[size, 2]
+        assert one.betas == two.betas
+        assert (one.muon_lr is None) == (two.muon_lr is None)
+
+
+def test_stars_are_drawn_most_often():
+    assert sum(train.STAR_ODDS) == pytest.approx(1)
+    assert SHAPES[np.argmax(train.STAR_ODDS)] == "star"
+
+
+def test_numbers_of_batch_are_those_of_stage_2s_areas(monkeypatch, tmp_path):
+    """Stage 1 of the toy, at 128, once took the number for 64."""
+    given = {}
+    monkeypatch.setattr(train, "train_denoiser",
+                        lambda run, size, stages, **_: given.update(stages))
+    train.main(["--out", str(tmp_path), "--device", "cpu", "--batch", "6,4,2"])
+    assert given[1].batch == (2,)
+    assert given[2].batch == (6, 4, 2)
 
 
 def test_sizes_without_stages_of_their_own_have_those_of_full():
@@ -347,9 +377,10 @@ def parameters_of(optimizer):
 
 def test_the_papers_stages_have_adamw_for_all():
     model = let_learn(lens.build("nano"))
-    adamw, = train.make_optimizers(model, train.STAGES["full", 1])
-    assert parameters_of(adamw) == {p for p in model.parameters() if p.requires_grad}
-    assert adamw.param_groups[0]["betas"] == (0.9, 0.999)
+    optimizers = train.make_optimizers(model, train.STAGES["full", 1])
+    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.AdamW]
+    assert parameters_of(optimizers[0]) == {p for p in model.parameters() if p.requires_grad}
+    assert optimizers[0].param_groups[0]["betas"] == (0.9, 0.999)
 
 
 @pytest.mark.parametrize("size, grid, length, rank", [
@@ -388,7 +419,7 @@ def test_the_average_shares_what_is_frozen_and_has_its_own_of_what_learns(tmp_pa
         averaged = dict(learner.ema.named_parameters())
         for name, p in learner.denoiser.named_parameters():
             assert (averaged[name] is p) is (not p.requires_grad), name
-            assert not averaged[name].requires_grad or not p.requires_grad
+            assert not averaged[name].requires_grad
         assert learner.trained().keys() == learner.averaged().keys()
         assert len(learner.trained()) > 10
 
@@ -695,6 +726,8 @@ def test_ranks_take_compiled_blocks(parts, nano, tmp_path):
     (["--steps", "x"], "--steps"),
     (["--accumulate", "0"], "at least 1"),
     (["--batch", "4"], "for the areas 64, 96, 128"),
+    (["--batch", "4,4"], "for the areas 64, 96, 128"),
+    (["--stage", "1", "--batch", "4,4"], "for the areas 128"),
     (["--batch", "4,0,4"], "--batch: must be numbers of at least 1"),
     (["--batch", "4,x,4"], "--batch"),
     (["--lora", "4"], "name them with --init"),

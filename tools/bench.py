@@ -29,6 +29,7 @@ import json
 import resource
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -216,59 +217,77 @@ def compile_for(model, vae=None, mode=None, fullgraph=True):
 
 def time_picture(subject, case, peak):
     """Prints the case's line, and with fp8 a second one. peak: FLOP/s of a large matrix product."""
-    model, config, device = subject.model, subject.model.config, subject.device
+    model, device = subject.model, subject.device
+    make_request = request_maker(subject, case)
+    length = make_request().features.shape[1]
+    kernel, why = pick_attention(device, subject.dtype, model.config, case.side**2 + length)
+
+    def ours(model=model):
+        return our_picture(model, subject.vae, make_request(), kernel, subject.mode)[0]
+
+    def naive(padded=MOST_TEXT):
+        return naive_picture(model, subject.plain_vae, make_request(), padded)[0]
+
+    # Compiled, its products would be hidden from the counter.
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+        ours()
+    runners = {"ours": ours, "naive": naive, "tight": partial(naive, padded=0)}
+    if subject.rounded is not None:
+        runners["fp8"] = partial(ours, subject.rounded)
+    found = race(runners, ROUNDS, device)
+
+    for name in ("ours", "fp8"):
+        if name not in runners:
+            continue
+        print_row(
+            **what_was_timed(subject, case, name, length),
+            attention=f"{kernel}: {why}",
+            **times(found, name),
+            **speed(found[name][1], counter.get_total_flops(), peak),
+            peak_memory_gib=peak_memory(runners[name], device),
+            difference=relative_length(found[name][2], found["naive"][2]),
+        )
+
+
+def request_maker(subject, case):
+    """-> a function that makes the case's Request: the toy encodes its prompt anew in each."""
+    config, device = subject.model.config, subject.device
     grid = (case.side, case.side)
     noise = [sample.picture_noise(i, grid, config.in_channels) for i in range(case.batch)]
     noise = torch.cat(noise).to(device)                                            # [B, N, C]
-    drawn = torch.randn(len(model.txt_norm), case.text, config.enc_hidden_dim)
-    drawn = drawn.to(device, subject.dtype)                                        # [K, S, E]
+    layers = len(config.selected_layer_index)
+    drawn = torch.randn(layers, case.text, config.enc_hidden_dim)                  # [K, S, E]
+    drawn = drawn.to(device, subject.dtype)
 
-    def request():
+    def make():
         features = drawn
         if subject.encoder is not None and case.text == USUAL_TEXT:
             (features,) = subject.encoder.encode_each([PROMPT])
         return Request(features, noise, grid, case.steps, case.guidance)
 
-    tokens = case.side**2
-    length = request().features.shape[1]
-    kernel, why = pick_attention(device, subject.dtype, config, tokens + length)
+    return make
 
-    def ours(model=model):
-        return our_picture(model, subject.vae, request(), kernel, subject.mode)[0]
 
-    def naive(padded=MOST_TEXT):
-        return naive_picture(model, subject.plain_vae, request(), padded)[0]
+def what_was_timed(subject, case, name, length):
+    """The first fields of a line. name: "ours" or "fp8";  length: text tokens."""
+    return {
+        "device": device_name(subject.device),
+        "size": subject.size,
+        "dtype": dtype_name(subject.dtype) + (" and fp8" if name == "fp8" else ""),
+        "compiled": subject.mode or subject.compiled,
+        "pixels": f"{16 * case.side}x{16 * case.side}",
+        "image_tokens": case.side**2,
+        "text_tokens": length,
+        "padded_to": max(length, MOST_TEXT),
+        "batch": case.batch,
+        "steps": case.steps,
+        "guidance": case.guidance,
+    }
 
-    # Compiled, its products would be hidden from the counter.
-    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
-        ours()
-    runners = {"ours": ours, "naive": naive, "tight": lambda: naive(padded=0)}
-    if subject.rounded is not None:
-        runners["fp8"] = lambda: ours(subject.rounded)
-    found = race(runners, ROUNDS, device)
-    memory = peak_memory(ours, device)
 
-    usual = found["naive"][2]
-    for name in [name for name in ("ours", "fp8") if name in found]:
-        made = found[name][2]
-        print_row(
-            device=device_name(device),
-            size=subject.size,
-            dtype=dtype_name(subject.dtype) + (" and fp8" if name == "fp8" else ""),
-            compiled=subject.mode or subject.compiled,
-            attention=f"{kernel}: {why}",
-            pixels=f"{16 * case.side}x{16 * case.side}",
-            image_tokens=tokens,
-            text_tokens=length,
-            padded_to=max(length, MOST_TEXT),
-            batch=case.batch,
-            steps=case.steps,
-            guidance=case.guidance,
-            **times(found, name),
-            **speed(found[name][1], counter.get_total_flops(), peak),
-            peak_memory_gib=memory,
-            difference=((made - usual).norm() / usual.norm()).item(),
-        )
+def relative_length(a, b):
+    """Length of a - b over that of b."""
+    return ((a - b).norm() / b.norm()).item()
 
 
 def bench_pictures(size, device, dtype=None, steps=sample.STEPS, everything=False, **how):
@@ -376,13 +395,11 @@ def time_step(trainee, area, count, peak):
     dtype = torch.bfloat16 if run.bf16 else torch.float32
     kernel, why = pick_attention(run.device, dtype, model.config, tokens + usual, learns=True)
 
-    def ours():
-        our_step(trainee, batch, kernel)
-
+    ours = partial(our_step, trainee, batch, kernel)
     runners = {
         "ours": ours,
-        "naive": lambda: naive_step(trainee, long_batch),
-        "tight": lambda: naive_step(trainee, batch),
+        "naive": partial(naive_step, trainee, long_batch),
+        "tight": partial(naive_step, trainee, batch),
     }
     found = race(runners, ROUNDS, run.device)
     work = count * train.flops(model, tokens, usual)

@@ -43,7 +43,7 @@ from kit.run import Log, Notice, average_decay, follow, ignore_sigterm, race, st
 from kit.state import load_state, save_state
 from lens import SIZES
 from toy.world import COLORS, SHAPES, draw, random_scene
-from vae import Attention, LensVAE, ResBlock, fold
+from vae import Attention, LensVAE, ResBlock
 
 LR = 1e-3                     # peak, of AdamW at batch 8: at 2e-3 it learnt a little worse
 EMA = 0.995                   # decay of the average of weights, which is what is saved
@@ -251,7 +251,8 @@ def losses(vae, head, pixels, cells, noise, semantic, kl):
     terms = {"reconstruction": reconstruction_loss(decoded, images), "kl": kl_loss(mean, logvar)}
     total = terms["reconstruction"] + kl * terms["kl"]
     if semantic > 0:
-        tokens = fold(z).flatten(2).transpose(1, 2).flatten(0, 1)     # [B * h*w, 4c]
+        tokens = F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)   # [B, h*w, 4c], as to_tokens
+        tokens = tokens.flatten(0, 1)                                 # [B * h*w, 4c]
         cells = cells.to(z.device).flatten(0, 1)                      # [B * h*w, 4]
         terms["semantic"] = semantic_loss(head, tokens, cells)
         total = total + semantic * terms["semantic"]
@@ -269,8 +270,9 @@ def set_statistics(vae, seed, batches, device):
     for i in range(batches):
         pixels, _ = make_batch(seed, i)
         mean, logvar = vae.encode(to_images(pixels, device))          # [B, c, H/8, W/8]
-        mean = fold(mean).double().transpose(0, 1).flatten(1)         # [4c, B * h*w]
-        var = fold(logvar.exp()).double().transpose(0, 1).flatten(1)
+        mean = F.pixel_unshuffle(mean, 2).double()                    # [B, 4c, h, w]
+        var = F.pixel_unshuffle(logvar.exp(), 2).double()
+        mean, var = mean.transpose(0, 1).flatten(1), var.transpose(0, 1).flatten(1)   # [4c, B*h*w]
         count += mean.shape[1]
         total = total + mean.sum(1)
         square = square + (mean.square() + var).sum(1)

@@ -1,0 +1,66 @@
+"""The denoisers that play in a distillation: whole models, each process with all of their weights
+or with a share (FSDP), or adapters on one base.
+
+Read before: lens.py, kit/lora.py.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from kit.lora import lora_layers, set_lora
+
+
+@dataclass
+class Players:
+    """Teacher, student, fake, `ema` (the student's average), and the discriminator's heads.
+
+    With LoRA the four models are one object: a base on which each plays with an adapter of its own
+    name, and the teacher with none. So one is called right after `as_` has named it, and never kept
+    while another plays.
+    """
+    models: dict           # {who: LensTransformer} of "teacher", "student", "fake", "ema"
+    heads: nn.ModuleList   # the discriminator
+    trained: dict          # {who: {name: parameter}} of "student", "fake", "ema", "heads"
+    lora: int = 0          # rank of the adapters; 0: whole models
+
+    def as_(self, who):
+        """The model that plays `who`; with LoRA until the next call."""
+        model = self.models[who]
+        if self.lora:
+            set_lora(model, None if who == "teacher" else who)
+        return model
+
+    def weights(self, who):
+        """{name: parameter} of what is trained in student, fake and heads, and averaged in ema: in
+        the same order for student, fake and ema."""
+        return self.trained[who]
+
+
+def trained_weights(model, who, lora):
+    """{name: parameter} of `who`: its adapter, or all that can get a gradient."""
+    if lora:
+        named = {}
+        for name, layer in lora_layers(model, who).items():
+            named[f"{name}.lora_A"] = layer.lora_A[who]
+            named[f"{name}.lora_B"] = layer.lora_B[who]
+        return named
+    dead = set(model.unread())
+    return {name: p for name, p in model.named_parameters() if name not in dead}
+
+
+def share_out(model, dtype):
+    """FSDP: each rank keeps a share of every weight, all models in the same way, so `follow` needs
+    no word from another rank.
+
+    dtype  of products; None: weights are gathered in fp32, as the teacher's must be for R1
+    """
+    policy = MixedPrecisionPolicy()
+    if dtype is not None:
+        # Inputs are left alone: rotary angles must stay fp32.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
+    for block in model.transformer_blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
