@@ -1,7 +1,6 @@
 """distill.py: a teacher of twenty guided steps becomes a student of four plain ones.
 
-Read before: rl.py, this one's sibling, and all that stands before it; kit/discriminator.py and
-             kit/players.py.
+Read before: rl.py, this one's sibling, and all that stands before it; kit/players.py.
 Assumes:     a trained teacher (`--teacher`, default weights/toy), which stays frozen. Do reward RL
              before this: a student of few steps blurs when it is trained by rewards.
 
@@ -67,14 +66,6 @@ from kit.checkpoint import (
     unsharded,
     vae_identity,
 )
-from kit.discriminator import (
-    R1_NOISE,
-    approximate_r1,
-    judge,
-    logistic,
-    make_heads,
-    teacher_features,
-)
 from kit.files import Parser, not_negative, positive, require, run_command
 from kit.images import contact_sheet, save_png
 from kit.players import Players, share_out, trained_weights
@@ -110,6 +101,8 @@ STEPS = 4                  # [paper] of the student's sampler
 CRITIC = 4                 # [paper] updates of fake and heads to one of the student
 PULL = 0.1                 # [paper] weight of L_DM + L_CA
 IDA = 0.03                 # [paper] phi <- 0.97 phi + 0.03 theta
+R1_GAMMA = 1.0             # [paper] weight of R1
+R1_NOISE = 0.1             # [paper] how far R1 moves a picture
 R1_SHARE = 0.25            # [ours] share of a batch that R1 looks at
 BETAS = (0.0, 0.9)         # [paper] of AdamW: an adversary's old gradients mislead
 MARGIN = 0.02              # [ours] left out at both ends of the levels: nothing can be learnt there
@@ -219,7 +212,7 @@ def simulate(model, noise, text, mask, grid, levels, k):
         def velocity(x, i):
             return model(x, levels[i].expand(len(x)), text, mask, grid).float()    # [B, N, C]
     else:
-        velocity = sample.GuidedVelocity(model, text, mask, None, None, grid, levels, guidance=1.0,
+        velocity = sample.GuidedVelocity(model, text, mask, None, grid, levels, guidance=1.0,
                                          share=False)
     for i in range(k):
         x = lens.euler_step(x, velocity(x, i), levels[i], levels[i + 1])
@@ -260,6 +253,67 @@ def pull(y, gradient):
     numbers. [paper]"""
     target = (y - gradient).detach()
     return 0.5 * (y - target).square().mean()
+
+
+# --- The discriminator: heads on the frozen teacher's image tokens --------------------------------
+
+def places(blocks):
+    """Blocks whose output the heads read: after a third, two thirds and all of them. [ours]"""
+    return sorted({blocks // 3, 2 * blocks // 3, blocks - 1})
+
+
+def make_heads(config, seed):
+    """One head a place, each a logit a token. The last layer's weights start at zero: all logits
+    are then its bias, whatever the picture, and no force acts on the student. [ours]"""
+    width = config.inner_dim
+    hidden = min(256, width)
+    heads = nn.ModuleList()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for _ in places(config.num_layers):
+            heads.append(nn.Sequential(
+                nn.LayerNorm(width),
+                nn.Linear(width, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, 1)))
+    for head in heads:
+        nn.init.zeros_(head[-1].weight)
+    return heads
+
+
+def teacher_features(teacher, x, t, text, mask, grid):
+    """The image tokens [B, N, W] after each block of `places`."""
+    wanted = places(len(teacher.transformer_blocks))
+    features = []
+
+    def keep(i, img):
+        if i in wanted:
+            features.append(img)
+
+    teacher(x, t, text, mask, grid, on_block=keep)
+    return features
+
+
+def judge(heads, features):
+    """Logits [B, places * N] fp32: high for real."""
+    pairs = zip(heads, features, strict=True)
+    logits = [head(feature.float()).squeeze(-1) for head, feature in pairs]        # [B, N] each
+    return torch.cat(logits, 1)
+
+
+def logistic(real, made):
+    """The heads' loss from their logits on real and on made pictures: 2 log 2 where all logits are
+    zero. [paper]"""
+    return F.softplus(-real).mean() + F.softplus(made).mean()
+
+
+def approximate_r1(plain, moved):
+    """gamma / 2 |D(x) - D(x + a noise)|^2, from D's logits on both. [paper]
+
+    For small a, D(x + a noise) - D(x) is a noise . grad D(x), so this is gamma a^2 / 2 times the
+    squared length of D's gradient, without a second backward pass.
+    """
+    return R1_GAMMA / 2 * (plain - moved).square().mean()
 
 
 # --- Who plays ------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ change where a paired test on other requests says that it is better. Nothing is 
 
 Where this departs from the paper [ours]: answers are checked where a check is known (of the toy
 world: toy.language.keeps), and the user's own words stand where no answer passes. And to score
-better is not enough for a change: it must pass a test, and the chance that a whole search accepts
-any change wrongly is at most `ERROR`.
+better is not enough for a change: it must pass a test. The chance that a whole search accepts a
+change where none matters is at most `ERROR`.
 """
 import hashlib
 import json

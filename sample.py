@@ -75,27 +75,28 @@ USUAL_TEXT = 128         # text tokens of a usual caption: the paper's have 109 
 # --- The sampler ----------------------------------------------------------------------------------
 
 @torch.no_grad()
-def denoise(model, x, text, text_mask, grid, steps, guidance=1.0, negative_text=None,
-            on_step=None, start=0, share_tokens=None):
+def denoise(model, noise, text, text_mask, grid, steps, guidance=1.0, negative=None, on_step=None,
+            start=0, share_tokens=None):
     """Euler's method on dx/dt = v(x, t), from noise at t = 1 to data at t = 0. [paper]
 
-    x              [B, N, C] fp32, N = h * w: noise; with a `start` above 0 the state at that level
-    text           K x [B, S, E]; None: no text at all
-    text_mask      [B, S] bool; None: every token is visible
-    grid           (h, w) tokens;  steps: number of levels
-    guidance       1.0: none, and one forward a step
-    negative_text  features of a negative prompt, as `text`; None: that branch sees no text at all
-    on_step        called as on_step(i, x, v) after step i
-    share_tokens   see `share_limit`; None: what it says of the device
+    noise         [B, N, C] fp32, N = h * w; with a `start` above 0 the state at that level
+    text          K x [B, S, E]; None: no text at all
+    text_mask     [B, S] bool; None: every token is visible
+    grid          (h, w) tokens;  steps: number of levels
+    guidance      1.0: none, and one forward a step
+    negative      features of a negative prompt, as `text`; None: that branch sees no text at all
+    on_step       called as on_step(i, x, v) after step i
+    share_tokens  see `share_limit`; None: what it says of the device
     Returns tokens [B, N, C] fp32.
     """
+    B, N, _ = noise.shape
     if share_tokens is None:
-        share_tokens = share_limit(x.device)
-    levels = lens.sigmas(x.shape[1], steps).to(x.device)                           # [steps + 1]
-    velocity = GuidedVelocity(model, text, text_mask, negative_text, None, grid, levels, guidance,
-                              share=x.shape[0] * x.shape[1] <= share_tokens)
+        share_tokens = share_limit(noise.device)
+    levels = lens.sigmas(N, steps).to(noise.device)                                # [steps + 1]
+    velocity = GuidedVelocity(model, text, text_mask, negative, grid, levels, guidance,
+                              share=B * N <= share_tokens)
 
-    x = x.float()                                  # bf16 would round away parts of small steps
+    x = noise.float()                              # bf16 would round away parts of small steps
     for i in range(start, steps):
         v = velocity(x, i)                                                         # [B, N, C]
         x = lens.euler_step(x, v, levels[i], levels[i + 1])
@@ -121,17 +122,16 @@ class GuidedVelocity:
     twice in the batch, and the text of `cond` is seen by the first half alone (see lens.Context).
     """
 
-    def __init__(self, model, text, text_mask, negative_text, negative_mask, grid, levels,
-                 guidance, share):
+    def __init__(self, model, text, text_mask, negative, grid, levels, guidance, share):
         self.model = model
         self.guidance = guidance
         self.dtype = model.proj_out.weight.dtype
         self.modulation = model.modulation(levels[:-1])
         self.cond = model.prepare(text, text_mask, grid)
         self.uncond = None
-        self.share_forward = share and text is not None and negative_text is None
+        self.share_forward = share and text is not None and negative is None
         if guidance != 1.0 and not self.share_forward:
-            self.uncond = model.prepare(negative_text, negative_mask, grid)
+            self.uncond = model.prepare(negative, None, grid)
 
     def __call__(self, x, i):
         """x [B, N, C] fp32 at level i -> velocity [B, N, C] fp32."""
@@ -220,7 +220,7 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
             level = lens.sigmas(noise.shape[1], steps)[start].item()
             noise = lens.add_noise(to_tokens(vae, begin), noise, level)
 
-        text, negative_text = None, None           # no text at all
+        text, negative_text = None, None      # no text at all
         if features[batch[0]] is not None:         # then none of the batch is: all are as long
             text = list(torch.stack([features[i] for i in batch], 1).to(device))   # K x [B, S, E]
         if negative_features is not None:
@@ -498,7 +498,7 @@ class Weights:
         if self.fp8:
             to_fp8(transformer)
         if self.compiled:
-            compile_blocks(transformer, vae)
+            compile_blocks(transformer, vae, graphs=self.device != "cpu")
         return transformer, vae
 
     def notes(self):
@@ -665,8 +665,8 @@ def arguments(argv):
         "one, which is timed")
     add("--date", default=lens.DATE, help="written into the chat around the prompt (default "
         "%(default)s: frozen, so that a seed keeps its picture)")
-    add("--compile", action="store_true",
-        help="faster after a minute or more: for many pictures (a CPU needs a C++ compiler)")
+    add("--compile", action="store_true", help="for many pictures: faster, after a minute or two; "
+        "on a GPU records CUDA graphs (a CPU needs a C++ compiler)")
     add("--fp8", action="store_true",
         help="8-bit products on the image tokens, not to the last digit: for a GPU with them (L4, "
         "RTX 4090, H100 or newer); a CPU computes the same numbers slowly")

@@ -164,8 +164,9 @@ QUICK_TIMES = (2.0, 1.5)
 
 # [ours] Stars are drawn more often: with all shapes alike, three of four wrong pictures were wrong
 # in a star alone, whose five thin arms cover few tokens.
-ODDS = {"circle": 0.11, "square": 0.12, "triangle": 0.12, "star": 0.37, "cross": 0.17, "ring": 0.11}
-STAR_ODDS = tuple(ODDS[shape] for shape in SHAPES)
+SHAPE_ODDS = {"circle": 0.11, "square": 0.12, "triangle": 0.12, "star": 0.37, "cross": 0.17,
+              "ring": 0.11}
+STAR_ODDS = tuple(SHAPE_ODDS[shape] for shape in SHAPES)
 
 STAGES = {
     ("nano", 1): Stage(

@@ -256,7 +256,8 @@ class LensVAE(nn.Module):
         """Tokens [B, h*w, 4c] of a grid (h, w) -> latent [B, c, 2h, 2w], the inverse."""
         mean, std = self.statistics()
         z = tokens.float().transpose(1, 2)                        # [B, 4c, h*w]
-        z = z.unflatten(2, tuple(grid)) * std + mean              # [B, 4c, h, w]
+        z = z.unflatten(2, tuple(grid)) * std + mean              # [B, 4c, h, w], channels last
+        z = z.contiguous()                                        # slower so in fp32 on a CPU
         return F.pixel_shuffle(z, 2).to(tokens.dtype)             # [B, c, 2h, 2w]
 
     def statistics(self):

@@ -301,7 +301,7 @@ def test_a_naive_training_step_never_waits_for_the_device(elsewhere):
     *_, model = elsewhere
     run = kit.run.Run(out=None, device="meta", bf16=True)
     stage = train.STAGES["full", 2]
-    trainee = bench.Trainee("full", run, model, stage, [], [], "none", compiled=False, mode=None)
+    trainee = bench.Trainee("full", run, model, stage, [], [], "none", compiled=False)
     batch = bench.random_batch(model.config, 2, (32, 32), 128, "meta")
     bench.naive_step(trainee, bench.padded(batch, 415))
     assert model.img_in.weight.grad.shape == model.img_in.weight.shape

@@ -28,8 +28,8 @@ import distill
 import kit.run
 import lens
 import sample
+from distill import places
 from kit.checkpoint import load_pipeline, load_transformer, read_metadata, save_pipeline
-from kit.discriminator import places
 from kit.files import LensError, open_safetensors, read_json
 from kit.run import Run, follow
 from kit.state import newest_state

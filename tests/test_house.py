@@ -36,6 +36,8 @@ ORDER = [
     "kit.run",
     "kit.state",
     "kit.lora",
+    "kit.shrink",
+    "kit.players",
     "kit.fp8",
     "kit.checkpoint",
     "kit.chat",

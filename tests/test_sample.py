@@ -156,7 +156,7 @@ def test_denoise_reads_masked_text_as_the_forward_does():
 
 def guided_velocity(model, noise, text, guidance=3.0, share=True, negative=None):
     levels = lens.sigmas(noise.shape[1], 4)
-    return sample.GuidedVelocity(model, text, None, negative, None, GRID, levels, guidance, share)
+    return sample.GuidedVelocity(model, text, None, negative, GRID, levels, guidance, share)
 
 
 @torch.no_grad()

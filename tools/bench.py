@@ -61,7 +61,6 @@ from vae import LensVAE  # noqa: E402
 ROUNDS = 3
 USUAL_TEXT, MOST_TEXT = train.TEXT_TOKENS            # of a caption, and of the longest prompt
 PROMPT = "a red circle to the left of a blue square" # what the toy encodes, 23 tokens
-MODES = ("reduce-overhead", "max-autotune")
 
 
 # --- A picture ------------------------------------------------------------------------------------
@@ -111,24 +110,14 @@ class Request:
 
 
 @torch.no_grad()
-def our_picture(model, vae, request, kernel=None, mode=None):
-    """(tokens [B, N, C], pixels [B, 3, H, W]) as sample.generate makes them.
-
-    kernel  attention's, as kit.run.pick_attention chose it
-    mode    what the blocks were compiled with; its CUDA graphs want to know where a step begins
-    """
-    def next_step(*_):
-        torch.compiler.cudagraph_mark_step_begin()
-
+def our_picture(model, vae, request, kernel=None):
+    """(tokens [B, N, C], pixels [B, 3, H, W]) as sample.generate makes them. kernel: attention's,
+    as kit.run.pick_attention chose it."""
     use_attention(kernel)
     B = len(request.noise)
     text = list(request.features[:, None].expand(-1, B, -1, -1))                   # K x [B, S, E]
-    on_step = None
-    if mode is not None:
-        next_step()
-        on_step = next_step
     tokens = sample.denoise(model, request.noise, text, None, request.grid, request.steps,
-                            request.guidance, on_step=on_step)                     # [B, N, C]
+                            request.guidance)                                      # [B, N, C]
     return tokens, decode(vae, tokens, request)
 
 
@@ -179,10 +168,9 @@ class Subject:
     dtype: torch.dtype
     rounded: lens.LensTransformer = None         # the model with matrices in 8 bits, if asked for
     compiled: bool = False
-    mode: str = None                   # of torch.compile; None: as kit.run.compile_blocks does it
 
 
-def make_subject(size, device, dtype, fp8=False, compiled=False, mode=None):
+def make_subject(size, device, dtype, fp8=False, compiled=False):
     if size == "toy":
         model, vae, encoder = load_pipeline(sample.TOY, device, dtype)
     else:
@@ -195,24 +183,11 @@ def make_subject(size, device, dtype, fp8=False, compiled=False, mode=None):
         vae = vae.to(memory_format=torch.channels_last)
     rounded = to_fp8(copy.deepcopy(model)) if fp8 else None
 
-    if compiled:
-        compile_for(model, vae, mode)
+    if compiled:                       # as sample.py --compile does it
+        compile_blocks(model, vae, graphs=device != "cpu")
         if rounded is not None:
-            compile_for(rounded, None, mode)
-    return Subject(size, model, vae, plain_vae, encoder, device, dtype, rounded, compiled, mode)
-
-
-def compile_for(model, vae=None, mode=None, fullgraph=True):
-    """As the scripts compile; with a mode of torch.compile each shape on its own, since CUDA graphs
-    and tuning are for one shape."""
-    if mode is None:
-        compile_blocks(model, vae, fullgraph)
-        return
-    torch._dynamo.config.recompile_limit = 64      # a program for each shape of each case
-    for block in model.transformer_blocks:
-        block.compile(fullgraph=fullgraph, dynamic=False, mode=mode)
-    if vae is not None:
-        vae.decoder.compile(fullgraph=fullgraph, dynamic=False, mode=mode)
+            compile_blocks(rounded, graphs=device != "cpu")
+    return Subject(size, model, vae, plain_vae, encoder, device, dtype, rounded, compiled)
 
 
 def time_picture(subject, case, peak):
@@ -223,7 +198,7 @@ def time_picture(subject, case, peak):
     kernel, why = pick_attention(device, subject.dtype, model.config, case.side**2 + length)
 
     def ours(model=model):
-        return our_picture(model, subject.vae, make_request(), kernel, subject.mode)[0]
+        return our_picture(model, subject.vae, make_request(), kernel)[0]
 
     def naive(padded=MOST_TEXT):
         return naive_picture(model, subject.plain_vae, make_request(), padded)[0]
@@ -274,7 +249,7 @@ def what_was_timed(subject, case, name, length):
         "device": device_name(subject.device),
         "size": subject.size,
         "dtype": dtype_name(subject.dtype) + (" and fp8" if name == "fp8" else ""),
-        "compiled": subject.mode or subject.compiled,
+        "compiled": subject.compiled,
         "pixels": f"{16 * case.side}x{16 * case.side}",
         "image_tokens": case.side**2,
         "text_tokens": length,
@@ -312,24 +287,25 @@ class Trainee:
     plain_optimizers: list             # the naive path's, over the same moments
     recompute: str
     compiled: bool
-    mode: str                          # of torch.compile, as in Subject
 
 
-def make_trainee(size, device, dtype, recompute="none", compiled=False, mode=None):
+def make_trainee(size, device, dtype, recompute="none", compiled=False):
     run = Run(out=None, device=device, bf16=dtype == torch.bfloat16)
     stage = train.stage_of(size, 2)
-    model = lens.build(size).to(device).train()
+    with torch.device("meta"):
+        model = lens.LensTransformer(lens.SIZES[size].transformer)
+    model = model.to_empty(device=device).init_weights().train()     # 4B draws take long on a CPU
     unread = set(model.unread())
     for name, p in model.named_parameters():
         p.requires_grad_(name not in unread)
     model.set_recompute(recompute)
     if compiled:
-        compile_for(model, mode=mode, fullgraph=False)       # recomputation breaks the graph
+        compile_blocks(model, fullgraph=False)               # recomputation breaks the graph
 
     optimizers = train.make_optimizers(model, stage)
     make_moments(optimizers)
     plain = [plain_twin(optimizer) for optimizer in optimizers]
-    return Trainee(size, run, model, stage, optimizers, plain, recompute, compiled, mode)
+    return Trainee(size, run, model, stage, optimizers, plain, recompute, compiled)
 
 
 def plain_twin(optimizer):
@@ -355,8 +331,6 @@ def padded(batch, length):
 
 def our_step(trainee, batch, kernel):
     """A step of train.py, from noise to weights."""
-    if trainee.mode is not None:
-        torch.compiler.cudagraph_mark_step_begin()
     use_attention(kernel)
     micro = train.MicroBatch(batch, share=1 / len(batch.samples), last=True)
     return train.train_step(trainee.run, trainee.model, [micro], trainee.optimizers, trainee.stage)
@@ -407,7 +381,7 @@ def time_step(trainee, area, count, peak):
         device=device_name(run.device),
         size=trainee.size,
         dtype=dtype_name(dtype),
-        compiled=trainee.mode or trainee.compiled,
+        compiled=trainee.compiled,
         recompute=trainee.recompute,
         attention=f"{kernel}: {why}",
         pixels=f"{area}x{area}",
@@ -516,8 +490,8 @@ def main(argv=None):
     add("--size", help="one of " + ", ".join(lens.SIZES) + " (default: what suits the machine)")
     add("--device", help="cpu or cuda (default: CUDA if there is one)")
     add("--dtype", choices=("fp32", "bf16"), help="default: the faster one")
-    add("--compile", action="store_true", help="compile the blocks, and the decoder")
-    add("--compile-mode", choices=MODES, help="the same, each shape apart, with this mode of torch")
+    add("--compile", action="store_true",
+        help="compile the blocks, and the decoder; on a GPU, sample records CUDA graphs too")
     add("--steps", type=positive, default=sample.STEPS, help="of the sampler")
     add("--fp8", action="store_true", help="sample: a second line a case, with 8-bit matrices")
     add("--full", action="store_true", help="sample: every case, not a few")
@@ -530,16 +504,15 @@ def main(argv=None):
     require(args.what == "sample" or not (args.fp8 or args.full),
             "--fp8 and --full are for sample")
     device = pick_device(args.device)
-    compiled = args.compile or args.compile_mode is not None
     sizes = [args.size] if args.size else default_sizes(args.what, device, args.full)
     for size in sizes:
         if args.what == "sample":
             bench_pictures(size, device, args.dtype, args.steps, args.full, fp8=args.fp8,
-                           compiled=compiled, mode=args.compile_mode)
+                           compiled=args.compile)
         else:
             recompute = args.recompute or ("selective" if size == "full" else "none")
-            bench_training(size, device, args.dtype, recompute=recompute, compiled=compiled,
-                           mode=args.compile_mode)
+            bench_training(size, device, args.dtype, recompute=recompute,
+                           compiled=args.compile)
 
 
 if __name__ == "__main__":
