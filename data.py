@@ -46,6 +46,7 @@ from kit.files import (
     check_writable,
     error_context,
     file_hash,
+    first_few,
     positive,
     read_text,
     replace_file,
@@ -545,6 +546,10 @@ def cache(pattern, sizes, weights, out):
     folders = {Path(path).resolve().parent for path in shards.paths}
     require(Path(out).resolve() not in folders,
             f"--out {out}: there the pictures are, which would be written over; give another")
+    names = Counter(Path(path).name for path in shards.paths)
+    twice = [name for name, count in names.items() if count > 1]
+    require(not twice, f"--data {pattern}: two tars are named {first_few(twice)}, and would be "
+            "written over each other; cache each folder by itself")
     check_writable(out)
 
     fresh = 0

@@ -68,7 +68,7 @@ from kit.checkpoint import (
 )
 from kit.files import Parser, not_negative, positive, require, run_command
 from kit.images import contact_sheet, save_png
-from kit.players import Players, share_out, trained_weights
+from kit.players import Players, trained_weights
 from kit.run import (
     Log,
     Notice,
@@ -81,6 +81,7 @@ from kit.run import (
     learning_rate_factor,
     pick_device,
     rank_zero_first,
+    share_out,
     start_run,
     use_attention,
     whole,
@@ -242,15 +243,15 @@ def ca_gradient(v_cond, v_uncond, t, guidance, guide=sample.guide):
 
 def normalised(gradient, y, x0_teacher):
     """Divided per sample by mean|y - x0 of the teacher|: levels at which the teacher itself is
-    unsure of y count no more than others. Not by the gradient's own size: it would never vanish.
-    [paper]"""
+    unsure of y count no more than others. Divided by its own size instead, the gradient would never
+    vanish. [paper]"""
     unsure = (y - x0_teacher).abs().mean((1, 2), keepdim=True)                     # [B, 1, 1]
     return gradient / unsure.clamp_min(1e-5)
 
 
 def pull(y, gradient):
-    """1/2 |y - stop(y - gradient)|^2, a loss whose gradient at y is `gradient`. Mean over all
-    numbers. [paper]"""
+    """1/2 |y - stop(y - gradient)|^2, a loss whose gradient at y points along `gradient`; the mean
+    over all numbers, so divided by their count. [paper]"""
     target = (y - gradient).detach()
     return 0.5 * (y - target).square().mean()
 
@@ -310,8 +311,8 @@ def logistic(real, made):
 def approximate_r1(plain, moved):
     """gamma / 2 |D(x) - D(x + a noise)|^2, from D's logits on both. [paper]
 
-    For small a, D(x + a noise) - D(x) is a noise . grad D(x), so this is gamma a^2 / 2 times the
-    squared length of D's gradient, without a second backward pass.
+    For small a, D(x + a noise) - D(x) is a noise . grad D(x). So on average over noises this is
+    gamma a^2 / 2 times the squared length of D's gradient, without a second backward pass.
     """
     return R1_GAMMA / 2 * (plain - moved).square().mean()
 
@@ -820,7 +821,7 @@ def distill(run, size, teacher, settings, same, schedule, pattern=None, lora=0, 
 
     # The frozen models, and the four that play.
     folder = fetch(teacher, ("transformer", "vae", "text_encoder"))
-    dtype = None if size == "full" else torch.float32
+    dtype = torch.float32 if size in train.TOY_SIZES else None     # None: as they are stored
     _, vae, encoder = load_pipeline(folder, run.device, dtype, parts=("vae", "text_encoder"))
     output = Output(teacher, folder, vae, encoder, data.bucket(stage.home), same)
     # Under FSDP no device ever holds a whole model.

@@ -55,7 +55,8 @@ def widen(t, x):
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
     if t.dim() == 0:
         return t
-    return t.view(-1, *[1] * (x.dim() - 1))
+    axes = [1] * (x.dim() - 1)
+    return t.view(-1, *axes)
 
 
 def add_noise(x0, eps, t):
@@ -360,7 +361,7 @@ class JointAttention(nn.Module):
         self.norm_added_k = RMSNorm(head_dim, 1e-6)
         self.img_qkv = nn.Linear(width, 3 * width)
         self.txt_qkv = nn.Linear(width, 3 * width)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])         # a list in the checkpoint
         self.to_add_out = nn.Linear(width, width)
 
     def qkv(self, x, linear, norm_q, norm_k, rope):
@@ -372,8 +373,8 @@ class JointAttention(nn.Module):
         return q.to(v.dtype), k.to(v.dtype), v     # under autocast norms give fp32
 
     def forward(self, img, txt, rope, mask, last):
-        """img [B, N, W], txt [b, S, W] or None -> both, changed; txt is None if it was or if
-        `last`.
+        """img [B, N, W], txt [b, S, W] or None -> what attention adds to each; None for txt if
+        there is none, or if the block is the `last`, where nobody reads it.
 
         The first b pictures see text, the others see none: b < B where the two branches of
         guidance share a batch (see Context).
@@ -478,8 +479,8 @@ class Context(NamedTuple):
 
     `txt` may hold fewer rows than the batch of image tokens: the first pictures see its rows, the
     others see no text at all. So the two branches of guidance, with the prompt and without, can
-    share one forward: give [x, x], the text of the first half, and one modulation for all pictures
-    (Modulation.at), which text and image tokens then share.
+    share one forward: give [x, x], the text of the first half, and a modulation of one row
+    (Modulation.at). With a row for each picture, text and pictures would not match in number.
     """
     txt: Tensor | None         # [b, S, W], or None: no text at all
     rope: Tensor               # [N + S, 1, head_dim/2, 2]
@@ -487,7 +488,8 @@ class Context(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """What depends on t alone, a third of the full model's weights: made for T times at once."""
+    """What depends on t alone, and takes a third of the full model's weights to compute: made for
+    all T steps of a sampler at once."""
     time: Tensor               # [T, W]
     blocks: tuple              # per block (image, text) [T, 6, 1, W], or None: made in the block
     out: Tensor                # [T, 2 W]
@@ -507,7 +509,7 @@ class LensTransformer(nn.Module):
         super().__init__()
         width = config.inner_dim
         self.config = config
-        self.records_graphs = False    # whether its blocks are CUDA graphs, see compile_blocks
+        self.records_graphs = False    # its blocks are CUDA graphs: see kit.run.compile_blocks
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": nn.ModuleDict({
             "linear_1": nn.Linear(256, width),
             "linear_2": nn.Linear(width, width),
@@ -576,8 +578,8 @@ class LensTransformer(nn.Module):
         """The work that does not depend on t: -> Context.
 
         text       list of K [B, S, E], features of the encoder's layers; None: no text at all
-        text_mask  [B, S] bool; None: every token is visible (the caller says so: to look into a
-                   mask, the CPU would have to wait for the GPU)
+        text_mask  [B, S] bool; None: every token is visible. (It is not found out here: to look
+                   into a mask, the CPU would have to wait for the GPU.)
         grid       (h, w) image tokens
         """
         N = grid[0] * grid[1]
@@ -607,7 +609,7 @@ class LensTransformer(nn.Module):
         on_block   called as on_block(i, img) with the image tokens [B, N, W] after block i
         """
         if self.records_graphs:
-            # What the last call gave may be overwritten now.
+            # CUDA graphs write to the same memory again: the last step's results may go now.
             torch.compiler.cudagraph_mark_step_begin()
         img, txt = self.img_in(x), context.txt                                     # [B, N, W]
         for i, block in enumerate(self.transformer_blocks):
@@ -651,8 +653,8 @@ def sigmas(image_tokens, steps):
 
     More tokens show the same picture through more noise, so larger pictures spend more of their
     steps near t = 1: the odds of every level, t / (1 - t), are multiplied by e^mu. The fit of mu is
-    empirical, a line in the number of tokens at 10 and at 200 steps, and one between them
-    [checkpoint]; constants that other code bases use (1.15, 1.83) are not it.
+    empirical [checkpoint]: it grows with the number of tokens, and up to 4300 of them it falls with
+    the number of steps. A constant mu, as other code bases have it (1.15, 1.83), is wrong.
     """
     mu_200 = 0.00016927 * image_tokens + 0.45666666                # at 200 steps
     mu_10 = 8.73809524e-05 * image_tokens + 1.89833333             # at 10 steps
@@ -686,7 +688,7 @@ CHAT = {  # what stands before and after the prompt, to the letter
         "<|im_start|>system\n" + DESCRIBE + "<|im_end|>\n<|im_start|>user\n",
         "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
 }
-# `<|`, what has no `<|` in it, `|>`: the innermost marker where one hides in another.
+# Anything from `<|` to the next `|>` without another `<|` between: the innermost marker first.
 MARKER = re.compile(r"<\|(?:(?!<\|).)*?\|>")
 
 
@@ -758,9 +760,9 @@ class TextEncoder:
     def tokenize(self, prompts):
         """-> (a list of ids per prompt, the offset at which the prompt begins in each).
 
-        Head, prompt and tail are tokenized apart, so that a cut falls on the prompt alone: the
-        tail's features are part of the condition. They meet at a marker or a line's end, where no
-        token reaches across; so the ids are those of the whole text.
+        Head, prompt and tail are tokenized apart, so that only the prompt is cut where it is too
+        long: the tail's features are part of the condition. The ids are those of the whole text,
+        since head and tail end and begin with a marker (Qwen's head with a line's end).
         """
         head, tail = (self.tokens(part) for part in self.chat())
         room = max(0, self.max_length - len(head) - len(tail))

@@ -373,8 +373,8 @@ class Trials:
             rewards.append([reward_of(own, row["rubrics"]) for own, row in zip(answers, rows)])
             failures.append(failures_in_words(rows, prompts, answers))
             require(not np.isnan(rewards[-1]).all(),
-                    f"no answer from the judge at --endpoint: {dict(Counter(self.judge.failed))}; "
-                    "is the URL right up to and with /v1, and LENS_API_KEY set?")
+                    f"no answer from the judge: {dict(Counter(self.judge.failed))}; if it is at "
+                    "--endpoint: is the URL right up to and with /v1, and LENS_API_KEY set?")
         return np.array(rewards), failures
 
 

@@ -165,7 +165,7 @@ def rollout(model, noise, text, grid, steps):
         step = levels[i + 1] - levels[i]
 
         # The velocity goes on changing as it just did: take it half a step ahead. The last step is
-        # as long as the two before it together, too far to extrapolate: it is Euler's.
+        # longer than the two before it together, too far to extrapolate: it is Euler's.
         v_ahead = v
         if v_before is not None and i < steps - 1:
             slope = (v - v_before) / (levels[i] - levels[i - 1])

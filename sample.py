@@ -9,12 +9,12 @@ Assumes:     weights in a layout that kit/checkpoint.py reads. Without --weights
     python sample.py --prompt "..." --image photo.png --strength 0.6     # start from a picture
     python sample.py --prompts-file prompts.txt --out pictures/          # or GenEval's JSON lines
     python sample.py --prompt "..." --weights DIR_OR_REPO --base 1440    # the released model
-    python sample.py --prompt "a couple of crimson discs" --reason       # reworded as captions are
+    python sample.py --prompt "a couple of crimson discs" --reason       # a model rewrites it first
     python sample.py --eval                                              # the six tasks of the toy
 
 The sampler is `denoise`: Euler's method, and under guidance two velocities a step, with the prompt
 and without it (`guide`). Prompts of unequal length never share a batch: nothing is padded, so no
-attention needs a mask, and a picture is the same whatever was made beside it.
+attention needs a mask, and but for rounding a picture is the same whatever was made beside it.
 """
 import functools
 import hashlib
@@ -106,10 +106,10 @@ def denoise(model, noise, text, text_mask, grid, steps, guidance=1.0, negative=N
 
 
 def share_limit(device):
-    """Up to so many image tokens in a batch, guidance's two branches share one forward. [ours]
+    """The most image tokens in a batch for which guidance's two branches share a forward. [ours]
 
-    That halves the calls and reads every weight once. At full size, compiled, on an H200 a picture
-    of 512 x 512 (1024 tokens) took 1.0 s instead of 1.7; at 1024 x 1024 (4096) nothing changed.
+    To share halves the calls, and every weight is read once. At full size, compiled, on an H200 a
+    picture of 512 x 512 (1024 tokens) took 1.0 s instead of 1.7; at 1024 x 1024 nothing changed.
     """
     return 512 if torch.device(device).type == "cpu" else 2048
 
@@ -129,6 +129,7 @@ class GuidedVelocity:
         self.modulation = model.modulation(levels[:-1])
         self.cond = model.prepare(text, text_mask, grid)
         self.uncond = None
+        # One forward holds one text: that of `cond`. So the other branch must have none.
         self.share_forward = share and text is not None and negative is None
         if guidance != 1.0 and not self.share_forward:
             self.uncond = model.prepare(negative, None, grid)
@@ -170,22 +171,24 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
     """One PIL image a prompt, in order.
 
     pipeline    (transformer, vae, text encoder or None), already loaded; else `weights` is loaded
-    height, width, steps, guidance   None: what the notes of `weights` say, where these are loaded;
-                else the defaults above
+    height, width, steps, guidance   None: the defaults above; or, where `weights` is loaded here,
+                what is noted in its files
     seeds       one a picture (default: seed, seed + 1, ...); the same seed gives the same picture
                 in any batch
     negative    a negative prompt;  on_step: see `denoise`
     features    what encoder.encode_each gave for prompts + [negative]
-    images      one PIL image a prompt to start from, stretched to the size. It is noised to the
-                level from which the last `strength` of the steps remain (1: to noise alone)
+    images      one PIL image a prompt to start from, stretched to the size
+    strength    the share of the steps that is run on `images`, which are noised to the level where
+                these steps begin (1: all steps, from noise alone)
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     require(0 < strength <= 1, f"strength {strength}: must be above 0 and at most 1")
     notes = {}                                     # {"steps", "guidance", "base", "words"} as text
     if pipeline is None:
-        notes = read_metadata(weights)
+        folder = fetch(weights, ("transformer", "vae", "text_encoder"))
+        notes = read_metadata(folder)
         device = pick_device()
-        pipeline = load_pipeline(weights, device, pick_dtype(device)[0])
+        pipeline = load_pipeline(folder, device, pick_dtype(device)[0])
     transformer, vae, encoder = pipeline
     device = transformer.proj_out.weight.device
     channels = transformer.config.in_channels
@@ -379,7 +382,8 @@ def evaluate(pipeline, height, width, steps, guidance, per_task=50, seed=0, styl
 
 def measure_diversity(pipeline, height, width, steps, guidance):
     """Root mean square distance between the pictures of one prompt, per token channel: the mean
-    over 12 held-out prompts, four seeds each. Sharper pictures of fewer kinds would show here."""
+    over 12 held-out prompts, four seeds each. A model that makes good pictures, but always the same
+    ones, scores low here."""
     transformer, _, encoder = pipeline
     device, channels = transformer.proj_out.weight.device, transformer.config.in_channels
     grid = data.grid_of((height, width))
@@ -432,8 +436,8 @@ def read_prompts(path):
 
 
 def strange_words(prompts, notes):
-    """(words of the prompts that the model never saw in training, all that it knows), where its
-    weights say what they saw, as the toy's do."""
+    """-> (words of the prompts that the model never saw in training, all words that it saw). Both
+    are empty where the notes of its weights list no words; the toy's do."""
     known = set(json.loads(notes.get("words", "[]")))
     if not known:
         return [], known

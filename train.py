@@ -20,10 +20,11 @@ The same command again resumes what DIR holds; `sample.py --weights DIR` takes i
 
 Where the toy departs from the paper [ours]: its pictures are encoded once and kept, each with
 several captions (drawing and encoding cost as much as a training step); the learning rate falls to
-zero over the last half of a stage, since a short run's average of weights cannot do that work
-alone; the blocks' matrices are trained by Muon (`make_optimizers`); times sit nearer t = 1
-(`TOY_TIMES`); stage 1 has a second loss: a linear head on an early block must tell the shape, the
-colour and the pose of what covers each token (`toy/dataset.py`).
+zero over the last half of a stage (in the paper it stays, and an average over a long run stands in
+for that); most of the blocks' matrices are trained by Muon (`make_optimizers`); times sit nearer 1
+(`TOY_TIMES`), and stars are drawn more often (`SHAPE_ODDS`); stage 1 has a second loss: a linear
+head on an early block must tell the shape, the colour and the pose of what covers each token
+(`toy/dataset.py`). At every size, a step whose loss is far above the usual is left out (`SPIKE`).
 """
 import argparse
 import copy
@@ -40,7 +41,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -81,6 +82,7 @@ from kit.run import (
     learning_rate_factor,
     matmul_peak,
     rank_zero_first,
+    share_out,
     start_run,
     use_attention,
     whole,
@@ -119,7 +121,7 @@ TOY_SIZES = ("nano", "toy")       # sizes of lens.SIZES that are made for the to
 @dataclass(frozen=True)
 class Stage:
     """What a stage trains on, and how."""
-    areas: tuple               # sides in pixels of squares; a bucket has the area of one of them
+    areas: tuple               # each as the side of a square in pixels; a bucket has one of them
     batch: tuple               # pictures on a device, one number an area: all cost about the same
     steps: int
     lr: float                  # of AdamW
@@ -158,8 +160,8 @@ class Stage:
 # where the text alone says what to show, a fifth below 0.5, where shapes get corners.
 TOY_TIMES = (1.25, 1.5)
 
-# The toy's stage 1 is short and has them nearer 1. Its labels teach the shapes soon. What is still
-# wrong then is what the text says of them, and that is decided above t = 0.9.
+# Nearer 1 in the toy's short stage 1: there the labels teach the shapes early, and what takes long
+# is to obey the text (how many, where), which is decided above t = 0.9.
 QUICK_TIMES = (2.0, 1.5)
 
 # [ours] Stars are drawn more often: with all shapes alike, three of four wrong pictures were wrong
@@ -222,7 +224,7 @@ def train_step(run, model, micro_batches, optimizers, stage, labels=None, label_
         noise, t, dropped = draw_noise_and_time(run.seed, micro.batch, stage.mean_std)
         noise, t = run.move(noise), run.move(t)
         batch = without_text(to_device(run, micro.batch), run.move(dropped))
-        exchange_gradients(model, micro.last)
+        will_exchange(model, micro.last)
         with run.autocast():
             losses, label_losses = losses_of(model, batch, noise, t, labels)       # [B] each
         loss = losses.sum() + label_weight * label_losses.sum()
@@ -309,8 +311,9 @@ def without_text(batch, dropped):
     return replace(batch, mask=batch.mask & ~dropped[:, None])
 
 
-def exchange_gradients(model, now):
-    """Ranks exchange gradients once a step, with its last micro-batch."""
+def will_exchange(model, now):
+    """Says before a micro-batch whether ranks exchange gradients in its backward pass: they do once
+    a step, with the last."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
     elif isinstance(model, DistributedDataParallel):
@@ -407,7 +410,8 @@ def deal(step_batches, rank, ranks):
 
 
 def micro_batches(stream, mine, share, faults):
-    """This rank's MicroBatches of a step. mine: from `deal`; share: what a sample's loss weighs."""
+    """This rank's MicroBatches of a step. mine: from `deal`; share: what a sample's loss weighs;
+    faults: data.FaultCount of pictures that could not be read."""
     for k, (_, counts) in enumerate(mine):
         batch = next(stream)
         if counts:
@@ -441,11 +445,13 @@ def flops(model, tokens, length):
 def make_optimizers(model, stage):
     """[AdamW], or [AdamW, Muon] where the stage has a rate for it.
 
-    AdamW has everything [paper]; Muon the blocks' matrices [ours]. It makes each step's change of a
-    matrix orthogonal, so that rare directions (a shape's corners) move as fast as common ones (the
-    background): a lower loss after the same time, though a step costs 13% more. No weight decay:
-    with a norm on q, on k and on every input, it would in a short run change little but the scale
-    of the weights, which those norms undo.
+    AdamW has everything [paper]; Muon takes the matrices of attention and MLPs [ours], not those of
+    the modulation, which meet one row a picture. It makes each step's change of a matrix
+    orthogonal, so that rare directions (a shape's corners) move as fast as common ones (the
+    background): a lower loss after the same time, though a step costs 13% more.
+
+    No weight decay: it would mostly change the scale of the weights, and the norms that follow (on
+    q, on k, on every block's input) take that out again.
     """
     matrices, others = [], []
     for name, p in model.named_parameters():
@@ -476,7 +482,7 @@ def set_learning_rates(optimizers, stage, factor):
 @dataclass
 class Learner:
     """All that learns, and its average."""
-    denoiser: lens.LensTransformer      # with its adapter, where it is one that learns
+    denoiser: lens.LensTransformer      # with --lora it holds the adapter, too
     model: nn.Module                    # what is called: the denoiser, or DDP or FSDP around it
     ema: lens.LensTransformer           # running average: sampled from and saved
     labels: LabelReader | None
@@ -534,15 +540,10 @@ def make_learner(run, denoiser, stage, lora=0, with_labels=False, recompute="non
     denoiser.set_recompute(recompute)
     if compiled:
         compile_blocks(denoiser, fullgraph=False)
-    if fsdp:
-        # Each rank keeps a share of every weight, its average and its moments; a block is gathered
-        # when it runs.
-        dtype = torch.bfloat16 if run.bf16 else torch.float32
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        for root, blocks in ((model, denoiser.transformer_blocks), (ema, ema.transformer_blocks)):
-            for block in blocks:
-                fully_shard(block, mp_policy=policy)
-            fully_shard(root, mp_policy=policy)
+    if fsdp:                                       # the average is shared out as the model is
+        dtype = torch.bfloat16 if run.bf16 else None
+        share_out(denoiser, dtype, root=model)
+        share_out(ema, dtype)
     optimizers = make_optimizers(model, stage)
     if run.ranks > 1 and not fsdp:
         model = DistributedDataParallel(model)
@@ -558,6 +559,7 @@ class Progress:
     pictures: int = 0              # seen
     seconds: float = 0.0
     usual_loss: float = None       # running mean, which a step's loss is held against
+    with_labels: bool = False      # whether a label head learns along
     skipped: int = 0               # steps that were left out
     skipped_in_a_row: int = 0
     replaced: int = 0              # samples that could not be read
@@ -580,8 +582,9 @@ class Progress:
             self.skipped += 1
             self.skipped_in_a_row += 1
         require(self.skipped_in_a_row < PATIENCE,
-                f"{PATIENCE} steps in a row had a loss that was not finite or over {SPIKE:g} times "
-                f"the usual, {report.loss:.3g} at the last (step {self.total}): none of them "
+                f"{PATIENCE} steps in a row had a loss or gradient that was not finite, or a loss "
+                f"over {SPIKE:g} times the usual, {report.loss:.3g} at the last "
+                f"(step {self.total}): none of them "
                 "touched the weights; the last checkpoint is whole. Try a lower learning rate")
 
 
@@ -642,6 +645,8 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     # where its loss is logged and weighs nothing.
     first = min(stages)
     with_labels = pattern is None and not lora and any(s.label_weight for s in stages.values())
+    if kept:
+        with_labels = with_labels and kept["with_labels"]
     learner = make_learner(
         run, denoiser.train(), stages[first], lora=lora, with_labels=with_labels,
         recompute=recompute, compiled=compiled, fsdp=fsdp)
@@ -652,6 +657,7 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
         run.say(f"resuming {run.out} at step {progress.total} "
                 f"(stage {progress.stage}, step {progress.step})")
     progress.bf16, progress.attention = run.bf16, run.attention
+    progress.with_labels = with_labels
 
     count = sum(p.numel() for p in denoiser.parameters())
     run.say(f"{size}: {count:,} parameters on {run.ranks} x {run.device}; autoencoder and text "

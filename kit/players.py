@@ -5,9 +5,7 @@ Read before: lens.py, kit/lora.py.
 """
 from dataclasses import dataclass
 
-import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from kit.lora import lora_layers, set_lora
 
@@ -48,19 +46,3 @@ def trained_weights(model, who, lora):
         return named
     dead = set(model.unread())
     return {name: p for name, p in model.named_parameters() if name not in dead}
-
-
-def share_out(model, dtype):
-    """FSDP: each rank keeps a share of every weight, all models in the same way, so `follow` needs
-    no word from another rank.
-
-    dtype  of products; None: weights are gathered in fp32, as the teacher's must be for R1
-    """
-    policy = MixedPrecisionPolicy()
-    if dtype is not None:
-        # Inputs are left alone: rotary angles must stay fp32.
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
-                                      cast_forward_inputs=False)
-    for block in model.transformer_blocks:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kit.files import (
@@ -314,11 +315,28 @@ def choose(run, config, tokens, kept=None, dtype=None):
         pick_attention(run.device, fastest, config, tokens, learns=True))
     run.bf16, run.attention = fastest == torch.bfloat16, kernel
     if kept:
-        run.attention = kept["attention"]
-        if dtype is None:
-            run.bf16 = kept["bf16"]
-    return (f"precision: fp32 weights, {'bf16' if run.bf16 else 'fp32'} compute: {why_dtype}; "
-            f"{run.attention} attention ({why_kernel})")
+        run.attention, why_kernel = kept["attention"], "as this run began"
+    if kept and dtype is None:
+        run.bf16, why_dtype = kept["bf16"], "as this run began"
+    compute = "bf16" if run.bf16 else "fp32"
+    return f"{compute} compute ({why_dtype}); {run.attention} attention ({why_kernel})"
+
+
+def share_out(model, dtype=None, root=None):
+    """FSDP: each rank keeps a share of every weight, and a block is gathered when it runs. Models
+    of one shape are shared out alike, so `follow` needs no word from another rank.
+
+    dtype  of matrix products; None: weights are gathered in fp32
+    root   a module around the model whose other weights are shared out as well; None: the model
+    """
+    policy = MixedPrecisionPolicy()
+    if dtype is not None:
+        # Inputs of a block are left alone: rotary angles must stay fp32.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
+    for block in model.transformer_blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(root or model, mp_policy=policy)
 
 
 def matmul_peak(device, dtype):

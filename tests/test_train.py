@@ -646,6 +646,41 @@ def torchrun(ranks, folder, flags, before=""):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+FSDP_IN_BF16 = """
+import numpy as np
+import torch
+import data
+import lens
+import train
+from kit.run import start_run
+
+run = start_run("{out}")
+run.bf16 = True
+learner = train.make_learner(run, lens.build("nano").train(), train.STAGES["nano", 1], fsdp=True)
+seen = []
+attention = learner.denoiser.transformer_blocks[0].attn
+attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2].dtype))
+batch = data.Batch(
+    np.arange(2), 0, (2, 3), text=[torch.randn(2, 5, 32) for _ in range(2)],
+    mask=torch.ones(2, 5, dtype=torch.bool), tokens=torch.randn(2, 6, 16))
+micro = train.MicroBatch(batch, share=0.5, last=True)
+report = train.train_step(run, learner.model, [micro], learner.optimizers, train.STAGES["nano", 1])
+assert report.sound
+assert seen == [torch.float32], seen
+"""
+
+
+def test_fsdp_in_bf16_leaves_rotary_angles_in_fp32(tmp_path):
+    """FSDP casts a block's inputs to bf16 unless it is told not to; an old run did so."""
+    script = tmp_path / "rank.py"
+    script.write_text(FSDP_IN_BF16.replace("{out}", str(tmp_path / "out")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "1", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("ranks, how", [(2, ["--fsdp"]), (4, [])], ids=["fsdp-2", "ddp-4"])
 def test_ranks_learn_what_one_process_learns(ranks, how, parts, nano, tmp_path, capsys):
     """Against one process that takes as many device batches a step. Some batches are smaller than

@@ -294,7 +294,9 @@ def make_trainee(size, device, dtype, recompute="none", compiled=False):
     stage = train.stage_of(size, 2)
     with torch.device("meta"):
         model = lens.LensTransformer(lens.SIZES[size].transformer)
-    model = model.to_empty(device=device).init_weights().train()     # 4B draws take long on a CPU
+    # Drawn where it is needed: 4 billion numbers take long on a CPU.
+    drawn = torch.Generator(device).manual_seed(0)
+    model = model.to_empty(device=device).init_weights(drawn).train()
     unread = set(model.unread())
     for name, p in model.named_parameters():
         p.requires_grad_(name not in unread)
