@@ -57,7 +57,8 @@ from kit.files import (
 from kit.images import ENDINGS, Fault, contact_sheet, read_picture, save_png, to_images
 from kit.pack import CLASSIFIED, LIMITS, Classifier, pack
 from kit.run import ignore_sigterm
-from kit.tars import Part, fill_tar, read, tar_parts, words_of
+from kit.tars import Part, fill_tar, read, tar_parts
+from kit.tars import words_of as captions_and_notes
 
 # --- Sizes ----------------------------------------------------------------------------------------
 # A bucket is one (height, width). A batch holds one bucket: no picture is padded to another's size.
@@ -130,9 +131,9 @@ def choose_buckets(height, width, sizes):
     height, width = height[:, None], width[:, None]                   # [n, 1]
     h, w = np.array(sizes).T                                          # [buckets]
 
-    # Three wishes in one sum, heaviest first. The picture is not enlarged: each 1% costs 1. The
-    # area is large: twice the side gains 4 (rounded: the nine sizes of a paper's area are equal).
-    # The ratio is near: one that is off by a factor of 2 costs 0.7.
+    # Three wishes in one sum, heaviest first. The picture is hardly enlarged: each 1% costs 1. The
+    # area is large: twice the side gains 4 (rounded, so that the sizes of an area are equal: 36 for
+    # all of base 512, 40 for 1024). The ratio is near: one off by a factor of 2 costs 0.7.
     enlarged = np.log(np.maximum(h / height, w / width)).clip(min=0)  # [n, buckets]
     area = np.round(2 * np.log2(h * w))
     off_ratio = np.abs(np.log(height / width) - np.log(h / w))
@@ -190,8 +191,7 @@ class Source(Protocol):
     """What a source of batches offers, as toy/dataset.World, ShardSource and CaptionSource do."""
     sizes: list                   # [(height, width)] pixels of its buckets
     buckets: np.ndarray           # [n] the bucket of each sample
-    digest: str                   # tells data sets apart; None: drawn from the run's seed, which
-                                  # a resume compares already
+    digest: str                   # tells data sets apart; None: the toy world, made from --seed
     words: list                   # words that its captions use; [] where nobody counted
     waited: float                 # seconds that the last batch was late
 
@@ -223,8 +223,8 @@ class FaultCount:
     seen: int = 0
 
     def add(self, batch):
-        """Counts a batch, and names its faults on stderr. LensError above one in a hundred (and 100
-        more, so that a short run does not end by a few)."""
+        """Counts a batch, and names its faults on stderr. LensError when more than 100 + 1% of the
+        samples seen were replaced: the 100, so that a few do not end a short run."""
         for fault in batch.faults:
             print(f"replaced by the next of its bucket: {fault}", file=sys.stderr)
         self.replaced += len(batch.faults)
@@ -255,7 +255,7 @@ COLUMNS = np.dtype([
 
 
 def index(path):
-    """(rows, faults) of a tar: a row holds COLUMNS after the first, faults {name: count}.
+    """(rows, faults) of a tar. A row holds all COLUMNS but the first. faults: {name: count}.
 
     Kept beside it in NAME.tar.index.json, and made again when the tar's size or date is another.
     """
@@ -289,9 +289,9 @@ def index_sample(parts):
     if parts[ending].length == 0:
         raise Fault("broken picture")
 
-    # Its size alone is looked for: the .txt need not be read.
+    # Only the .json can hold height and width: the .txt need not be read.
     only_json = {name: part for name, part in parts.items() if name == ".json"}
-    _, notes = words_of(only_json)
+    _, notes = captions_and_notes(only_json)
     height, width = notes.get("height"), notes.get("width")
     if not (is_side(height) and is_side(width)):
         width, height = read_picture(read(parts[ending])).size
@@ -324,8 +324,8 @@ class Shards:
     vae_hash  kit.checkpoint.vae_identity of the autoencoder that is used, to know stale latents by;
               None: nobody decodes them
 
-    rows      [n] of COLUMNS: one array, whose memory workers share with the parent (of a list each
-              would come to hold a copy, as they count references to its members)
+    rows      [n] of COLUMNS: one array, whose memory workers share with the parent. (Reading a
+              list changes its members' reference counts, which would copy its memory.)
     buckets   [n] index into sizes
     lengths   [n] bytes of the captions with their notes: near enough to sort by
     faults    {name: how many samples were left out}
@@ -377,7 +377,7 @@ class Shards:
         Crop and caption are drawn from (seed, epoch, i)."""
         rng = np.random.default_rng((self.seed, epoch, int(i)))
         parts = self.parts(i)
-        captions, notes = words_of(parts)
+        captions, notes = captions_and_notes(parts)
         blob = read(parts["picture"])
 
         latent_of = notes.get("latent")            # [vae_hash, height, width]
@@ -461,7 +461,7 @@ class ShardSource:
 
     def stream(self, planned):
         # What the loader takes for an index is a PlannedBatch, and what it takes for an item is the
-        # Reading of a whole batch.
+        # Reading of a whole batch. Workers ignore a cluster's SIGTERM, so that the run can save.
         loader = iter(DataLoader(
             ErrorsAsResults(self.shards), batch_size=None, sampler=planned,
             num_workers=self.workers, pin_memory=self.device != "cpu",
@@ -564,7 +564,8 @@ def cache(pattern, sizes, weights, out):
 
         members = np.flatnonzero(shards.rows["shard"] == number)
         latents = encoded(shards, members, vae, device, vae_hash, key, faults)
-        write = functools.partial(fill_tar, samples=enumerate(latents))
+        numbered = enumerate(latents)              # the numbers are the names in the tar
+        write = functools.partial(fill_tar, samples=numbered)
         replace_file(target, write)                # calls write(path beside the target)
 
     for fault in faults:
@@ -577,7 +578,7 @@ def cached_key(path):
     """The key under which a tar of latents was made, or None."""
     with contextlib.suppress(OSError, Fault):
         for parts in tar_parts(path, Counter()).values():
-            _, notes = words_of(parts)
+            _, notes = captions_and_notes(parts)
             return notes.get("key")                # the first sample's: all have the same
     return None
 
@@ -609,7 +610,7 @@ def read_centres(shards, samples, size, faults):
     for i in samples:
         try:
             parts = shards.parts(i)
-            captions, notes = words_of(parts)
+            captions, notes = captions_and_notes(parts)
             require("latent" not in notes,
                     f"{shards.file_name(i)} holds latents already: give --data the pictures")
             found.append((read_picture(read(parts["picture"]), size), captions, notes))

@@ -19,15 +19,16 @@ The story in one paragraph. The student is put where its own sampler would put i
 steps are run without gradient, and from there it predicts the picture, y. Three forces act on y.
 Distribution matching (DM): y is noised, and a `fake` model, which always learns what the student
 now makes, and the teacher both say what they see in it; the difference moves the student's
-pictures, as a crowd, onto the teacher's. Guidance (CA): the teacher's guided prediction against its
-plain one, at levels cleaner than the student's input only; this is what makes one forward a step
-enough. Discriminator (GAN): small heads on the frozen teacher's features tell real pictures from
-the student's and give back the sharpness that the other two lose. Fake and heads take four updates
-for each one of the student's, and after it the fake is pulled three hundredths of the way to the
-student (IDA), so that it never falls far behind.
+pictures, as a crowd, onto the teacher's. Guidance (CA, CFG augmentation): the teacher's guided
+prediction against its plain one, at levels cleaner than the student's input only; this is what
+makes one forward a step enough. Discriminator (GAN): small heads on the frozen teacher's features
+tell real pictures from the student's and give back the sharpness that the other two lose. Fake and
+heads take four updates for each one of the student's, and after it the fake is pulled three
+hundredths of the way to the student (IDA, implicit distribution alignment), so that it never falls
+far behind.
 
 Where this departs from the paper [ours]: the heads' shape and places, and a logit for each token;
-the fake is trained, and heads judge, at the levels at which DM noises; the approximate R1 takes a
+fake and heads learn at the same noise levels as DM; R1, which keeps the heads smooth, takes a
 quarter of a batch, since it is slow, being in fp32; a running average of the student is what is
 saved; `--lora` trains adapters where the paper trains all weights; the toy has other rates, batches
 and steps (`SETTINGS`), and its student's rate falls to zero over the last half of a run.
@@ -129,10 +130,10 @@ SETTINGS = {
         stage=train.Stage(areas=(64, 96), batch=(8, 4), steps=20, lr=1e-4, scenes=(48, 24),
                           shape_odds=train.STAR_ODDS),
         fake_lr=1e-4, heads_lr=1e-3, gan=0.02, guidance=5.0, average=0.9),
-    # [ours] gan: L_DM and L_CA are means over the n numbers of a picture, so the length of their
-    # gradient at y goes as 1 / sqrt(n); that of L_G does not depend on n. Of 96 x 96 pixels n is
-    # 1,152, of 1024 x 1024 it is 524,288. With the paper's 0.001 the heads' force on the toy was a
-    # thousandth of the other two; times sqrt(524288 / 1152) it stands to them as in the paper.
+    # [ours] gan: L_DM and L_CA are means over the n numbers of a picture, so their force shrinks as
+    # 1 / sqrt(n), and that of L_G does not. Of 1024 x 1024 pixels n is 524,288, of 96 x 96 1,152:
+    # 0.001 [paper] x sqrt(524,288 / 1,152) = 0.001 x 21.3 = 0.02.
+    # guidance: train.TOY_GUIDANCE is best for the teacher, but a student of it scored lower.
     "toy": Settings(
         stage=train.Stage(areas=(64, 96, 128), batch=(32, 32, 24), steps=100, lr=1e-4,
                           scenes=(300, 300, 3_000), shape_odds=train.STAR_ODDS),
@@ -149,7 +150,7 @@ SETTINGS = {
 LORA_LR = 10.0
 # [ours] The modulation too: a student meets four noise levels only, and when all weights of the toy
 # were trained, these layers moved three times as far as the others. Without them an adapter of rank
-# 6 ended at 0.72 where all weights reached 0.78.
+# 6 ended at 0.72 where all weights reached 0.78 (seed 0, 96 x 96).
 LORA_TARGETS = (*kit.lora.LORA_TARGETS, "img_mod.1", "txt_mod.1")
 
 
@@ -176,7 +177,8 @@ def shifted(u, levels):
     levels  [steps + 1] of the sampler, see lens.sigmas. It multiplies odds by a factor:
             t / (1 - t) = e^mu u / (1 - u).
     """
-    # The last level above 0 stands at u = 1 / steps, whose odds are 1 / (steps - 1).
+    # The last level above 0 has u = 1 / steps, so u / (1 - u) = 1 / (steps - 1). Its own odds, over
+    # that, are the factor.
     steps = len(levels) - 1
     last = levels[-2].item()
     factor = last / (1 - last) * (steps - 1)                                       # e^mu
@@ -187,9 +189,9 @@ def draw_levels(count, levels, below, rng):
     """[count] noise levels: u evenly drawn from 0 to `below`, less a MARGIN of that at both ends,
     then shifted.
 
-    DM: below = 1, the whole range. CA: below = 1 - k / STEPS: only levels cleaner than level k, the
-    student's input. The decoupled-DMD paper writes time the other way round; ports that copied its
-    sign drew the noisier levels, where guidance overshoots (see
+    DM: below = 1, the whole range. CA: below = 1 - k / STEPS, the u of level k: only levels cleaner
+    than the student's input. The decoupled-DMD paper, whose CA this is, has time run the other way
+    round: with its sign one would draw the noisier levels, where guidance overshoots (see
     test_where_the_mean_comes_to_rest).
     """
     u = torch.rand(count, generator=rng)
@@ -201,7 +203,7 @@ def simulate(model, noise, text, mask, grid, levels, k):
     """The first k steps of the student's sampler, so that it learns on states that it will meet.
 
     noise [B, N, C], text K x [B, S, E], mask [B, S], levels [STEPS + 1] -> x [B, N, C] fp32 at
-    level k: what `sample.denoise` has there at guidance 1, and to the bit but under FSDP.
+    level k: what `sample.denoise` has there at guidance 1, bit for bit, except under FSDP.
     """
     x = noise.float()
     if k == 0:
@@ -221,8 +223,8 @@ def simulate(model, noise, text, mask, grid, levels, k):
 
 
 # --- The forces on a prediction y. A gradient here is what is subtracted from y -------------------
-# At a noised x_t a model with velocity v predicts the picture x0 = x_t - t v. So the difference of
-# two predictions is t times that of their velocities, the other way round.
+# At a noised x_t a model with velocity v predicts the picture x0 = x_t - t v. So of two models
+# x0_a - x0_b = t (v_b - v_a).
 
 def dm_gradient(v_fake, v_teacher, t):
     """x0 of the fake - x0 of the teacher, from their velocities at one noised y: [B, N, C]. Zero
@@ -235,7 +237,7 @@ def ca_gradient(v_cond, v_uncond, t, guidance, guide=sample.guide):
 
     In the paper -(g - 1) (x0 with the caption - x0 without). Here by the guidance of the sampler
     with its rescaling [ours]: else the student learns the burnt-out colours that the teacher's
-    sampler takes care to avoid. guide: for tests, which need it without.
+    sampler takes care to avoid. guide: tests pass one that does not rescale.
     """
     guided = guide(v_cond, v_uncond, guidance)
     return lens.widen(t, v_cond) * (guided - v_cond)           # (x_t - t v_cond) - (x_t - t guided)
@@ -243,15 +245,15 @@ def ca_gradient(v_cond, v_uncond, t, guidance, guide=sample.guide):
 
 def normalised(gradient, y, x0_teacher):
     """Divided per sample by mean|y - x0 of the teacher|: levels at which the teacher itself is
-    unsure of y count no more than others. Divided by its own size instead, the gradient would never
-    vanish. [paper]"""
+    unsure of y count no more than others. Divided by its own size, it would be of size 1 for ever.
+    [paper]"""
     unsure = (y - x0_teacher).abs().mean((1, 2), keepdim=True)                     # [B, 1, 1]
     return gradient / unsure.clamp_min(1e-5)
 
 
 def pull(y, gradient):
-    """1/2 |y - stop(y - gradient)|^2, a loss whose gradient at y points along `gradient`; the mean
-    over all numbers, so divided by their count. [paper]"""
+    """The mean of 1/2 |y - stop(y - gradient)|^2 over all numbers: a loss whose gradient at y is
+    `gradient` / their count. [paper]"""
     target = (y - gradient).detach()
     return 0.5 * (y - target).square().mean()
 
@@ -342,11 +344,12 @@ def make_players(base, heads, seed, lora=0, recompute="none", compiled=False, sh
         for p in trained_weights(models[who], who, lora).values():
             p.requires_grad_(True)
 
-    for who, model in models.items():              # with LoRA the same four times, to no harm
+    # With LoRA all four are one model, which is then set up four times alike: harmless.
+    for who, model in models.items():
         model.set_recompute(recompute)
         if compiled:
             compile_blocks(model, fullgraph=False)
-        if shard_dtype is not None:
+        if shard_dtype is not None:                # the teacher stays fp32, for R1; else autocast
             share_out(model, None if who == "teacher" else shard_dtype)
 
     # Looked up once, here: after a forward under FSDP, named_parameters may give gathered copies.
@@ -387,8 +390,8 @@ def descend(run, optimizer):
 
 @dataclass
 class UpdateBatch:
-    """What one update is made of, on the run's device. The first four are as in data.Batch, and all
-    of one that train.flow_matching_loss reads."""
+    """What one update is made of, on the run's device. The first four are as in data.Batch, so
+    train.flow_matching_loss takes it for one."""
     tokens: torch.Tensor   # [B, N, C] real pictures; None: captions alone
     text: list             # K x [B, S, E]
     mask: torch.Tensor     # [B, S]
@@ -427,7 +430,7 @@ def noised(run, batch, x, below=1.0, t=None):
 
 def student_prediction(run, players, batch):
     """y [B, N, C] fp32: what the student takes for the picture, k steps into its own sampler."""
-    student = players.as_("student")
+    student = players.as_("student")               # with LoRA: switches to the student's adapter
     text, mask, grid = batch.text, batch.mask, batch.grid
     t = batch.levels[batch.k].expand(len(batch.noise)).to(run.device)              # [B]
     with run.autocast():
@@ -445,7 +448,7 @@ def critic_update(run, players, batch, optimizers, settings):
     with torch.no_grad():
         y = student_prediction(run, players, batch)                                # [B, N, C]
 
-    _, noise, t = noised(run, batch, y)
+    _, noise, t = noised(run, batch, y)            # flow_matching_loss makes x_t again, from these
     made = replace(batch, tokens=y)
     with run.autocast():
         loss = train.flow_matching_loss(players.as_("fake"), made, noise, t).mean()
@@ -495,9 +498,8 @@ def captions_twice(batch, count):
 def student_update(run, players, batch, optimizers, settings):
     """PULL (L_DM + L_CA) + settings.gan L_G. [paper] -> what the log tells.
 
-    The losses' gradients are gathered at y, as a force, which then goes through the student in one
-    backward pass. So each force can be measured; and with LoRA the teacher and the fake have played
-    by then, and blocks that are recomputed backwards find the student's adapter active.
+    The losses' gradients are gathered at y, as a force, so that each can be measured. The force
+    then goes through the student in one backward pass.
     """
     text, mask, grid = batch.text, batch.mask, batch.grid
     y = student_prediction(run, players, batch)                                    # [B, N, C]
@@ -521,6 +523,7 @@ def student_update(run, players, batch, optimizers, settings):
         ca = normalised(ca_gradient(v_cond, v_uncond, t, settings.guidance), leaf,
                         lens.data_prediction(x, v_cond, t))
 
+    # A term that is left out is still measured, for the log.
     dm_weight = 0.0 if "dm" in settings.without else PULL
     ca_weight = 0.0 if "ca" in settings.without else PULL
     loss = dm_weight * pull(leaf, dm) + ca_weight * pull(leaf, ca)
@@ -539,6 +542,8 @@ def student_update(run, players, batch, optimizers, settings):
         loss = loss + settings.gan * gan_loss
         force = force + from_heads
 
+    # With LoRA the teacher and the fake have played since. Blocks that are recomputed backwards
+    # need the student's adapter again.
     players.as_("student")
     y.backward(force)
     norm = descend(run, optimizers["student"])
@@ -560,7 +565,7 @@ def distillation_step(run, players, batches, optimizers, settings, step):
     """Four updates of fake and heads, one of the student, and its average follows.
 
     batches  an iterator of UpdateBatch;  step: how many are done
-    -> (what the log tells, the student's batch)
+    -> (what the log tells, of fake and heads the last update; the student's batch)
     """
     for _ in range(CRITIC):
         critic = critic_update(run, players, next(batches), optimizers, settings)
@@ -655,8 +660,8 @@ class Viewer:
         return model, self.output.vae, self.output.encoder
 
     def evaluate(self, progress, say):
-        """Fills progress.scores with the student's; and once progress.teacher with the teacher's,
-        guided at its own number of steps, and plain at the student's."""
+        """Fills progress.scores with the student's scores. The first time it also fills
+        progress.teacher: guided at its own number of steps, and plain at the student's."""
         if not progress.teacher:
             for steps, guidance in ((sample.STEPS, self.guidance), (STEPS, 1.0)):
                 how = f"{steps} steps, guidance {guidance:g}"
@@ -705,9 +710,9 @@ def in_words(scores):
 # --- The loop -------------------------------------------------------------------------------------
 
 def planned_batches(run, source, pictures, first, last):
-    """This rank's batches of updates first to last - 1, as data.plan has them: an epoch after the
-    other, dealt to the ranks in turn. pictures: {bucket: pictures a device}."""
-    @functools.lru_cache(maxsize=1)
+    """This rank's batches of updates first to last - 1. Those of data.plan, epoch after epoch, are
+    dealt to the ranks in turn. pictures: {bucket: pictures a device}."""
+    @functools.lru_cache(maxsize=1)                # one epoch is needed at a time
     def plan(epoch):
         return data.plan(source.buckets, source.lengths(epoch), pictures, run.seed, epoch)
 
@@ -729,7 +734,7 @@ def update_batches(run, source, planned, first, channels):
 
 
 def mean_over_ranks(run, report):
-    """{name: number}, each rank's as one."""
+    """{name: number}, averaged over the ranks."""
     values = torch.tensor(list(report.values()), dtype=torch.float64).to(run.device)
     values = run.sum_over_ranks(values) / run.ranks
     return dict(zip(report, values.tolist(), strict=True))
@@ -860,8 +865,8 @@ def distill(run, size, teacher, settings, same, schedule, pattern=None, lora=0, 
 # --- Export: the student as a small adapter of its teacher ----------------------------------------
 
 def export(student_folder, teacher, folder, rank, device, score_at=None):
-    """Writes the student as a LoRA over its teacher, in bf16, to ship: of the toy's student, which
-    scores 0.80, rank 3 is 0.24 MB and scores 0.78.
+    """Writes the student as a LoRA over its teacher, in bf16, to ship. Of a toy's student that
+    scored 0.80 (seed 1, 96 x 96), rank 3 is 0.24 MB and scored 0.78.
 
     score_at  (height, width) at which the adapter is scored on the toy's tasks; None: it is not
     """
@@ -871,7 +876,7 @@ def export(student_folder, teacher, folder, rank, device, score_at=None):
     require(student.config == model.config,
             f"--out {student_folder}: not a student of --teacher {teacher}")
 
-    shrink(student, model, rank, "export")
+    shrink(student, model, rank, "export")         # gives `model` an adapter: nearly the student
     if score_at is not None:
         scores, _, _ = sample.evaluate((model, vae, encoder), *score_at, STEPS, 1.0)
         notes["score"] = json.dumps(scores)

@@ -12,8 +12,8 @@ change where a paired test on other requests says that it is better. Nothing is 
 
 Where this departs from the paper [ours]: answers are checked where a check is known (of the toy
 world: toy.language.keeps), and the user's own words stand where no answer passes. And to score
-better is not enough for a change: it must pass a test. The chance that a whole search accepts a
-change where none matters is at most `ERROR`.
+better is not enough for a change: it must pass a test. Where no system prompt is better than
+another, the chance that a whole search accepts any is at most `ERROR`.
 """
 import hashlib
 import json
@@ -69,9 +69,9 @@ def reason(writes, requests, system, seed=0, faithful=None):
     writes(system, requests, seed, trial) -> raw answers, None for one that failed
     faithful(request, prompt) -> bool, the check; None: every prompt passes
 
-    An answer that is empty, refused or not faithful is asked for again in the next trial. After the
-    last one the user's own words stand, and a notice says so. So do requests that are too long, and
-    those that the check cannot read: by it they do not even keep themselves.
+    Where an answer is empty, a refusal or not faithful, `writes` is asked again in the next trial.
+    After the last one the user's own words stand, and a notice says so. They also stand for
+    requests that are too long or that the check cannot read: faithful(request, request) is False.
     """
     def passes(request, prompt):
         return faithful is None or faithful(lens.strip_markers(request), prompt)
@@ -84,7 +84,7 @@ def reason(writes, requests, system, seed=0, faithful=None):
         if not left:
             break
         for request, raw in zip(left, writes(system, left, seed, trial), strict=True):
-            prompt = clean(raw or "")
+            prompt = clean(raw or "")              # without chatter; "" for a refusal
             if prompt and passes(request, prompt):
                 prompts[request] = prompt
 
@@ -162,7 +162,7 @@ def chat_ids(encoder, system, request):
     chat = [{"role": "system", "content": lens.strip_markers(system)},
             {"role": "user", "content": lens.strip_markers(request)}]
     # Released templates ask for today's date: the prompt of a seed would drift from day to day.
-    # GPT-OSS's template reads reasoning_effort, Qwen's reads enable_thinking; both keep it short.
+    # GPT-OSS's template reads reasoning_effort, Qwen's reads enable_thinking: little reasoning.
     template = encoder.tokenizer.get_chat_template()
     template = re.sub(r"strftime_now\([^)]*\)", "current_date", template)
     text = encoder.tokenizer.apply_chat_template(
@@ -233,7 +233,7 @@ def paired_test(old, new, alpha=0.05, seed=0):
     if seen <= 0:                                                  # then p is above one half
         return 1.0, gain
 
-    # Of n random patterns, p cannot be below 1 / (1 + n): draw enough for a fifth of alpha.
+    # From m random patterns the smallest p is 1 / (1 + m): with m >= 5 / alpha, below alpha / 5.
     rounds = math.ceil(5 / alpha / FLIPS)
     rng = np.random.default_rng(seed)
     at_least = 0
@@ -283,9 +283,11 @@ def climb(start, trial, propose, steps, pairs, candidates, write, seed=0):
                  write(candidates) is called after each.
     """
     for k in range(len(candidates), steps):
-        # The levels add up to ERROR, since 1 / ((k + 1) (k + 2)) adds up to 1.
+        # 1 / ((k + 1) (k + 2)) adds up to 1 over all k, so the alphas add up to ERROR. The chance
+        # that any of several tests errs is at most the sum of their alphas.
         alpha = ERROR / ((k + 1) * (k + 2))
-        if 2.0**-pairs > alpha:                                    # p, were all pairs won
+        smallest_p = 2.0**-pairs                                   # where all pairs are won
+        if smallest_p > alpha:
             print(f"{pairs} pairs are too few to accept a candidate {k + 1}: the search ends here")
             break
 
@@ -298,7 +300,7 @@ def climb(start, trial, propose, steps, pairs, candidates, write, seed=0):
             break
 
         rewards, _ = trial("pairs 1", k, [best, system])           # [2, n]
-        # With no gain so far the test refuses: the pictures of the other half are saved.
+        # With no gain so far it is not accepted, and the other half's pictures need not be made.
         if np.nanmean(rewards[1] - rewards[0]) > 0:
             second_half, _ = trial("pairs 2", k, [best, system])
             rewards = np.concatenate([rewards, second_half], axis=1)
@@ -342,10 +344,12 @@ class Trials:
                 "three sets are made of them")
         groups = list(rows_of.values())
         order = np.random.default_rng(seed).permutation(len(groups))
-        summary, pairs, final = [[i for g in part for i in groups[g]]
-                                 for part in np.array_split(order, 3)]
+        sets = []
+        for part in np.array_split(order, 3):
+            sets.append([i for g in part for i in groups[g]])
+        summary, pairs, final = sets
 
-        # Where the set is small, so are its halves: the second must not be empty.
+        # Halves of what is there, which may be less than search.pairs.
         self.pairs = min(search.pairs, len(pairs))
         half = self.pairs // 2
         self.parts = {
@@ -361,6 +365,8 @@ class Trials:
         which: one of `parts`;  k: each candidate has other requests
         """
         members, part = self.parts[which]
+        # The 1 stands for this use of the seed. The permutation is the same for both halves of the
+        # pairs, so they share no row.
         chosen = np.random.default_rng((self.seed, 1, k)).permutation(members)[part].tolist()
         rows = [self.rows[i] for i in chosen]
         requests = [row["prompt"] for row in rows]
@@ -384,7 +390,7 @@ class SearchLog:
     def __init__(self, out, start, settings):
         """start: the system prompt of the start;  settings: {"--flag": value}.
 
-        LensError where `out` holds a search with others.
+        LensError where `out` holds a search with other settings.
         """
         self.out, self.start = Path(out), start
         self.settings = {**settings, "--system-prompt": start}
@@ -448,14 +454,14 @@ def gain_over(start, best, trials):
 
 # --- The search: what a proposer is told, and a proposer behind an endpoint -----------------------
 
-KINDS_TOLD = 12           # kinds of rubric in a summary: a file's rubrics have a thousand names
+KINDS_TOLD = 12           # kinds of rubric in a summary: those of --data may have very many
 
 
 def failures_in_words(rows, prompts, answers):
     """What a proposer is told: how often which kind of rubric failed, with an example of each.
 
-    rows     [kit.rubrics.PromptRow], their prompts the requests; of rubrics that are held out
-             nothing is told
+    rows     [kit.rubrics.PromptRow], their prompts the requests; held-out rubrics, which are
+             judged but never rewarded, are left out
     prompts  the requests as they were rewritten
     answers  of a judge: for each picture a list with True, False or None (failed) for each rubric
     """
@@ -502,8 +508,8 @@ This was tried before and was not better, or was replaced by a better one: {text
 def propose_by(endpoint):
     """-> propose, for `climb`: the language model behind a kit.chat.Endpoint.
 
-    It is told the failures and the last four others that were tried. An unusable answer gives None,
-    which ends the search.
+    It is told the failures and the last four others that were tried; the start counts as tried once
+    it is not the best any more. An unusable answer gives None, which ends the search.
     """
     def propose(system, failures, tried):
         others = [text for text in tried if text != system]

@@ -93,11 +93,11 @@ from toy.world import TASKS
 def advantages(rewards):
     """[P, G] rewards of P prompts' groups, NaN where the judge failed -> [P, G] advantages. [paper]
 
-    Against the mean of the prompt's group, over the spread of the whole step: groups that agree
-    must not be blown up. A failed judgement is no reward at all: its advantage is 0.
+    Reward less the mean of the prompt's group, over the spread of the whole step: where a group
+    agrees, its own spread would be near 0. A failed judgement is no reward: its advantage is 0.
     """
     known = ~rewards.isnan()
-    # In fp64: a group that agrees would be a rounding away from its mean in fp32.
+    # In fp64: in fp32 the mean of equal rewards may be a rounding off; over 1e-4 that counts.
     value = rewards.nan_to_num().double()
     mean = value.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp_min(1)          # [P, 1]
     spread = value[known].std(correction=0) if known.any() else value.new_zeros(())
@@ -122,7 +122,7 @@ def nft_loss(v, v_old, v_ref, x_t, x0, t, r, beta=1.0, kl=1e-4, adaptive=True):
     t, r      [B]        noise level, and the picture's optimality in [0, 1]
     beta                 how far v+ and v- stand apart from v_old
     kl                   weight of |v - v_ref|^2
-    adaptive             each error over its mean size; False: not, for checks with known answers
+    adaptive             divide each error by its mean size; False: tests compare with closed forms
 
     v+ = (1 - b) v_old + b v and v- = (1 + b) v_old - b v are mirror images: pulling v- to a bad
     picture pushes v away from it.
@@ -140,7 +140,7 @@ def nft_loss(v, v_old, v_ref, x_t, x0, t, r, beta=1.0, kl=1e-4, adaptive=True):
         total = total + share * error.square().mean((1, 2)) / scale   # [B]
 
     drift = (v - v_ref).square().mean((1, 2))                         # [B]
-    # v is in each branch times beta: over beta, the gradient's size does not depend on it.
+    # In both branches v has the factor beta, and so has the gradient: it is divided out.
     return total / beta + kl * drift, drift
 
 
@@ -187,7 +187,7 @@ class Settings:
     steps: int                # optimiser steps of a run
     sampler_steps: int        # of the rollout
     times: int                # noise levels that each picture is trained at
-    base: int                 # the pictures have the nine sizes of the area base x base
+    base: int                 # the pictures have the sizes data.buckets(base)
     batch: int                # pictures a forward, in sampling and in training
     beta: float = 1.0         # of nft_loss [paper]
     kl: float = 1e-4          # of nft_loss [paper]
@@ -222,7 +222,7 @@ class Policies:
 
     def __init__(self, model, settings, seed):
         self.model, self.settings = model, settings
-        # All three start alike, and as no change: B is zero.
+        # All three start alike, from the one key (seed, 1), and as no change: B is zero.
         for name in ("ema", "old", "new"):
             add_lora(model, settings.rank, settings.alpha, name=name, generator=generator(seed, 1))
         model.requires_grad_(False)
@@ -263,7 +263,8 @@ class Policies:
         """
         new = self.parameters("new")
         for p in new:
-            run.sum_over_ranks(p.grad)             # a sum: each loss is over the total of all ranks
+            # In place. A sum, since each loss is divided by the total of all ranks.
+            run.sum_over_ranks(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(new, train.CLIP).item()
         if math.isfinite(norm):
             self.optimizer.step()
@@ -279,7 +280,7 @@ class Policies:
 # --- One step: sample with `old`, judge, train `new` ----------------------------------------------
 
 # Noise is drawn from (seed, step, prompt, picture) for sampling, and in training from
-# (seed, step, prompt, NO_PICTURE), which is no picture's number.
+# (seed, step, prompt, NO_PICTURE): no picture has that number, so the two never meet.
 NO_PICTURE = 10**6
 
 
@@ -347,7 +348,7 @@ def group_loss(run, policies, group, r, total, key):
         with torch.no_grad():
             v_old = policies.velocity("old", x_t, t, text, group.grid)
             v_ref = policies.velocity(None, x_t, t, text, group.grid)
-        # Last of the three: what is recomputed in the backward pass uses the adapter in use then.
+        # Last of the three: the backward pass recomputes blocks with whatever adapter is active.
         v = policies.velocity("new", x_t, t, text, group.grid)        # [B, N, C]
 
         loss, drift = nft_loss(v, v_old, v_ref, x_t, x0, t, share, settings.beta, settings.kl)
@@ -385,8 +386,8 @@ def rl_step(run, pipeline, policies, judge, rows, step):
     pipeline  (transformer, vae, text encoder)
     rows      [P] PromptRow of this step; each rank has its share of them
 
-    The row's means are over all ranks. Its loss is no measure of progress: at v = v_old it does not
-    depend on r.
+    The row's means are over all ranks. Its loss is no measure of progress: at v = v_old both
+    branches are v_old, and their shares r and 1 - r add up to 1, whatever the rewards.
     """
     settings = policies.settings
     began = time.perf_counter()
@@ -463,7 +464,7 @@ def picture_statistics(groups):
 @dataclass
 class Progress:
     """How far a run is: with adapters and moments, all that a resume needs."""
-    bf16: bool                # type of the frozen base: a resumed run keeps to what a clock chose
+    bf16: bool                # type of the frozen base; a resumed run keeps what was measured first
     attention: str            # kernel of training, likewise
     step: int = 0
     seconds: float = 0.0      # of training, evaluation left out
@@ -528,7 +529,7 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
     run.say(f"a step: {settings.prompts} prompts x {settings.group} pictures of {len(rows)}, "
             f"{settings.sampler_steps} sampler steps, {settings.times} noise levels")
     viewer = Viewer(policies, pipeline, shown, per_task)
-    # What the run will be held against: `ema` is no change yet.
+    # The base's sheet and scores, to compare with: the B of `ema` is still zero.
     if progress.step == 0 and run.rank == 0:
         if schedule.preview_every:
             viewer.sheet(run.out / "before.png")
@@ -578,8 +579,8 @@ def watch_and_view(run, viewer, progress, row, schedule, bar):
     """What may follow a step: a warning, an evaluation, a contact sheet. -> more for the log."""
     more = {}
     step, steps = progress.step, viewer.policies.settings.steps
-    held_out = row["rubrics"].get("held_out", 0.0)
-    progress.history.append((row["reward"] or 0.0, row["diversity"], held_out))
+    held_out_share = row["rubrics"].get("held_out", 0.0)
+    progress.history.append((row["reward"] or 0.0, row["diversity"], held_out_share))
     warning = gaming(progress.history)
     if warning:
         more["warning"] = warning
@@ -629,6 +630,7 @@ def resume(run, policies, same_run):
     kept = load_state(run, policies.groups(), [policies.optimizer], same_run)
     if kept is None:
         return Progress(run.bf16, run.attention)
+    # `choose` has settled these two, from what was kept or by --dtype.
     progress = Progress(**{**kept, "bf16": run.bf16, "attention": run.attention})
     run.say(f"resuming {run.out} at step {progress.step}")
     return progress
@@ -667,7 +669,8 @@ def make_trials(init, device, dtype, rows, size, batch_size, judge, make_reasone
                 seed):
     """-> reason.Trials of the model --init, with its own number of steps and guidance.
 
-    make_reasoner(notes, encoder) -> reason.Reasoner;  start: its system prompt, where not its own
+    make_reasoner(notes, encoder) -> reason.Reasoner
+    start  the system prompt to begin with; None: that reasoner's own
     """
     folder = fetch(init, ("transformer", "vae", "text_encoder"))
     notes = read_metadata(folder)
@@ -782,7 +785,7 @@ def main(argv=None):
             sample.make_reasoner, system_prompt=args.system_prompt,
             endpoint=args.endpoint if args.reasoner_model else None, model=args.reasoner_model,
             journal=out / "reasoner.jsonl", seed=args.seed)
-        start, propose = None, edit_guidelines
+        start, propose = None, edit_guidelines     # the toy's proposer, a program
         if args.data is None and args.system_prompt is None:
             start = REWRITE                        # bare: all that helps is to be found
         if args.endpoint:
@@ -832,7 +835,8 @@ def make_rows(path, seed, pool, tasks, sizes, style="dense"):
 
 
 def held_out_prompts(size):
-    """[(prompt, seed)]: two of each of the toy's tasks, for contact sheets."""
+    """[(prompt, seed)]: two of each of the toy's tasks, for contact sheets. The seed is the task's
+    number."""
     height, width = size
     return [(row.prompt, seed) for seed, task in enumerate(TASKS)
             for row in held_out(task, 2, height, width)]
