@@ -30,6 +30,7 @@ Where this departs from the paper [ours]: the second-order solver is Adams-Bashf
 a step (the paper does not name its own); the toy takes fewer and smaller groups, fewer steps and a
 smaller rank (`SETTINGS`).
 """
+import argparse
 import functools
 import json
 import math
@@ -816,8 +817,9 @@ def main(argv=None):
         eval_every = args.eval_every
     judge = make_judge(args.endpoint, args.model, run.out / f"judge-{run.rank}.jsonl")
     schedule = train.Schedule(args.save_every, eval_every, args.preview_every)
+    compiled = run.device != "cpu" if args.compile is None else args.compile
     train_policy(run, args.init, args.size, rows, shown, settings, same, judge, schedule,
-                 args.per_task, args.dtype, args.compile)
+                 args.per_task, args.dtype, compiled)
 
 
 def make_judge(url, model, journal=None):
