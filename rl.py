@@ -706,7 +706,8 @@ def arguments(argv):
     add("--seed", type=not_negative, default=0)
     add("--device", help="cpu or cuda (default: CUDA if there is one)")
     add("--dtype", choices=("fp32", "bf16"), help="of the frozen base (default: the faster one)")
-    add("--compile", action="store_true", help="compile the blocks")
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="compile the blocks (default: on a GPU)")
     add("--save-every", type=positive, default=10, metavar="N", help="steps (default: %(default)s)")
     add("--eval-every", type=not_negative, default=50, metavar="N",
         help="steps; the toy's six tasks at guidance 1; 0: never (default: %(default)s)")
