@@ -26,6 +26,7 @@ from toy.checker import check_facts, held_out, round_trip
 from toy.world import TASKS
 
 README = (ROOT / "README.md").read_text()
+PAGES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))
 
 # The order of reading. A module imports only what stands above it.
 ORDER = [
@@ -329,6 +330,24 @@ def test_commands_are_understood(command, parse_only, capsys):
 def test_the_readme_runs_what_a_new_user_runs():
     scripts = {module_and_flags(command)[0] for command in readme_commands()}
     assert {"sample", "train", "rl", "distill", "pytest"} <= scripts
+
+
+def links(text):
+    """Files that a page links to or shows; addresses of other sites are left out."""
+    found = re.findall(r"\]\(([^)#]+)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    return [target for target in found if "://" not in target]
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_links_and_images_exist(page):
+    path = ROOT / page
+    for target in links(path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_readme_stays_short():
+    assert len(README.encode()) <= 14 * 1024
+    assert len(re.findall(r"^\|---", README, re.M)) <= 3
 
 
 @pytest.mark.parametrize("size", lens.SIZES)
