@@ -677,7 +677,8 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
                                      pattern=pattern, workers=workers, parts=parts)
             train_stage(run, stage, source, learner=learner, progress=progress, output=output,
                         log=log, notice=notice, accumulate=accumulate, schedule=schedule)
-    run.say(f"done: python sample.py --eval --weights {run.out}")
+    weights = f"--weights {init} --lora {run.out}" if lora else f"--weights {run.out}"
+    run.say(f"done: python sample.py --eval {weights}")
 
 
 def text_tokens(size):
@@ -966,7 +967,8 @@ def arguments(argv):
         help="activations to compute again, to save memory")
     add("--fsdp", action="store_true", help="under torchrun: share weights and moments among the "
         "ranks (else DDP: each holds all)")
-    add("--workers", type=not_negative, default=4, help="processes a rank that decode --data")
+    add("--workers", type=not_negative, default=min(4, os.cpu_count()),
+        help="processes a rank that decode --data (default: %(default)s)")
     add("--device", help="cpu or cuda (default: CUDA if there is one)")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the blocks: 1.1 to 1.4 "
         "times as fast after a minute (default: on a GPU; a CPU needs a C++ compiler)")

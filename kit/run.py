@@ -429,8 +429,8 @@ def panel(name, points, top, width, height):
         chosen = np.linspace(0, len(values) - 1, 1000).astype(int)
         steps, values = steps[chosen], values[chosen]
     means, mean = [], values[0]
-    for value in values:
-        mean += 0.05 * (value - mean)
+    for k, value in enumerate(values):
+        mean += max(0.05, 1 / (1 + k)) * (value - mean)    # of all at first, then of about twenty
         means.append(mean)
 
     def line(ys, color):
