@@ -76,9 +76,11 @@ from kit.run import (
     average_decay,
     choose,
     compile_blocks,
+    due,
     follow,
     gathered,
     generator,
+    in_words,
     learning_rate_factor,
     pick_device,
     rank_zero_first,
@@ -703,10 +705,6 @@ class Viewer:
                                guidance=guidance)
 
 
-def in_words(scores):
-    return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
-
-
 # --- The loop -------------------------------------------------------------------------------------
 
 def planned_batches(run, source, pictures, first, last):
@@ -754,9 +752,6 @@ def train_student(run, players, optimizers, source, settings, progress, output, 
     bar = tqdm(total=steps, initial=progress.step, desc="distillation", unit="step",
                mininterval=2, disable=run.rank > 0)
 
-    def due(every):
-        return every > 0 and (progress.step % every == 0 or progress.step == steps)
-
     def say(message):
         if run.rank == 0:
             bar.write(message)
@@ -770,15 +765,15 @@ def train_student(run, players, optimizers, source, settings, progress, output, 
         progress.step += 1
         progress.seconds += time.perf_counter() - begin
 
-        if due(schedule.eval_every):
+        if due(schedule.eval_every, progress.step, steps):
             viewer.evaluate(progress, say)
             report |= progress.scores
-        if due(schedule.preview_every):
+        if due(schedule.preview_every, progress.step, steps):
             viewer.sheet(run.out / f"preview-{progress.step:05d}.png")
         h, w = batch.grid
         log(step=progress.step, **loggable(report), k=batch.k, size=f"{16 * w}x{16 * h}",
             seconds=round(progress.seconds, 2))
-        if due(schedule.save_every) or stop:
+        if stop or due(schedule.save_every, progress.step, steps):
             save(run, players, optimizers, progress, output)
             log.draw()
 
@@ -787,8 +782,7 @@ def train_student(run, players, optimizers, source, settings, progress, output, 
                             f"fake {report['fake_loss']:.3f}")
         if stop:
             bar.close()
-            run.say(f"SIGTERM: saved {run.out} at step {progress.step}; "
-                    "the same command goes on from there")
+            run.say_stopped(progress.step)
             sys.exit(0)
     bar.close()
 

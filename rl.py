@@ -54,7 +54,7 @@ from kit.chat import Endpoint
 from kit.checkpoint import fetch, load_pipeline, read_metadata, save_pipeline
 from kit.files import Parser, not_negative, positive, require, run_command
 from kit.images import contact_sheet, save_png
-from kit.lora import add_lora, lora_layers, lora_parameters, merge_lora, save_lora, set_lora
+from kit.lora import add_lora, lora_parameters, merge_lora, named_lora, save_lora, set_lora
 from kit.rubrics import (
     EndpointJudge,
     gaming,
@@ -69,9 +69,11 @@ from kit.run import (
     average_decay,
     choose,
     compile_blocks,
+    due,
     follow,
     gathered,
     generator,
+    in_words,
     pick_device,
     pick_dtype,
     start_run,
@@ -238,13 +240,7 @@ class Policies:
 
     def groups(self):
         """{"new", "old", "ema": {name: parameter}}: what is saved, and filled on resume."""
-        groups = {}
-        for name in ("new", "old", "ema"):
-            groups[name] = {}
-            for path, layer in lora_layers(self.model, name).items():
-                groups[name][f"{path}.A"] = layer.lora_A[name]
-                groups[name][f"{path}.B"] = layer.lora_B[name]
-        return groups
+        return {name: named_lora(self.model, name) for name in ("new", "old", "ema")}
 
     def use(self, name):
         """The model is this policy from now on; None: the reference."""
@@ -560,8 +556,7 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
     bar.close()
 
     if stop:
-        run.say(f"SIGTERM: saved {run.out} at step {progress.step}; "
-                "the same command goes on from there")
+        run.say_stopped(progress.step)
     else:
         run.say(f"done: python sample.py --eval --weights {init} --lora {run.out} --guidance 1")
 
@@ -595,15 +590,6 @@ def watch_and_view(run, viewer, progress, row, schedule, bar):
     if run.rank == 0 and due(schedule.preview_every, step, steps):
         viewer.sheet(run.out / f"preview-{step:04d}.png")
     return more
-
-
-def due(every, step, steps):
-    """Whether something is due that comes every so many steps and at the end; 0: never."""
-    return every > 0 and (step % every == 0 or step == steps)
-
-
-def in_words(scores):
-    return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
 
 
 def in_brief(row):

@@ -77,8 +77,10 @@ from kit.run import (
     average_decay,
     choose,
     compile_blocks,
+    due,
     follow,
     generator,
+    in_words,
     learning_rate_factor,
     matmul_peak,
     rank_zero_first,
@@ -823,31 +825,27 @@ def after_step(run, stage, learner, progress, output, log, schedule, row, words,
     row    the step's line of the log;  words: that the captions use, for the notes
     stop   whether SIGTERM came;  bar: of tqdm
     """
-    last = progress.step == stage.steps
-
-    def due(every):
-        return every and (progress.step % every == 0 or last)
-
-    if due(schedule.preview_every) or due(schedule.eval_every):
+    step, steps = progress.step, stage.steps
+    preview_due = due(schedule.preview_every, step, steps)
+    eval_due = due(schedule.eval_every, step, steps)
+    if preview_due or eval_due:
         shown = unsharded(run, learner.ema, lora_rank=learner.lora)    # None on ranks but 0
-        if run.rank == 0 and due(schedule.preview_every):
+        if run.rank == 0 and preview_due:
             preview(run, shown, stage.home, progress=progress, output=output)
-        if run.rank == 0 and due(schedule.eval_every):
+        if run.rank == 0 and eval_due:
             height, width = data.bucket(stage.home)
             progress.scores, _, _ = sample.evaluate(
                 (shown, output.vae, output.encoder), height, width, steps=sample.STEPS,
                 guidance=output.guidance, per_task=20, progress=False)
-            told = ", ".join(f"{name} {value:.2f}" for name, value in progress.scores.items())
-            bar.write(f"step {progress.total}: {told}")
+            bar.write(f"step {progress.total}: {in_words(progress.scores)}")
             row |= progress.scores
     log(**row)
-    if due(schedule.save_every) or stop:
+    if stop or due(schedule.save_every, step, steps):
         save(run, stage, learner, progress=progress, output=output, words=words)
         log.draw()
     if stop:
         bar.close()
-        run.say(f"SIGTERM: saved {run.out} at step {progress.total}; the same command goes on "
-                "from there")
+        run.say_stopped(progress.total)
         sys.exit(0)
 
 

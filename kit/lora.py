@@ -72,13 +72,19 @@ def lora_layers(model, name):
             if isinstance(layer, LoRALinear) and name in layer.lora_A}
 
 
+def named_lora(model, name="default"):
+    """{name: parameter} of one adapter, A and B of layer by layer. The names do not tell which
+    adapter: those of two adapters on one model are the same."""
+    named = {}
+    for path, layer in lora_layers(model, name).items():
+        named[f"{path}.lora_A"] = layer.lora_A[name]
+        named[f"{path}.lora_B"] = layer.lora_B[name]
+    return named
+
+
 def lora_parameters(model, name="default"):
     """[A, B, A, B, ...] of one adapter, layer by layer."""
-    parameters = []
-    for layer in lora_layers(model, name).values():
-        parameters.append(layer.lora_A[name])
-        parameters.append(layer.lora_B[name])
-    return parameters
+    return list(named_lora(model, name).values())
 
 
 def set_lora(model, name, strength=1.0):

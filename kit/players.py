@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from kit.lora import lora_layers, set_lora
+from kit.lora import named_lora, set_lora
 
 
 @dataclass
@@ -39,10 +39,6 @@ class Players:
 def trained_weights(model, who, lora):
     """{name: parameter} of `who`: its adapter, or all that can get a gradient."""
     if lora:
-        named = {}
-        for name, layer in lora_layers(model, who).items():
-            named[f"{name}.lora_A"] = layer.lora_A[who]
-            named[f"{name}.lora_B"] = layer.lora_B[who]
-        return named
+        return named_lora(model, who)
     dead = set(model.unread())
     return {name: p for name, p in model.named_parameters() if name not in dead}

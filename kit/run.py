@@ -52,6 +52,10 @@ class Run:
         if self.rank == 0:
             print(message)
 
+    def say_stopped(self, step):
+        """The last words of a run that SIGTERM ended, after it has saved."""
+        self.say(f"SIGTERM: saved {self.out} at step {step}; the same command goes on from there")
+
     def autocast(self):
         """Matrix products in bf16 where the run chose it; weights, losses and optimisers stay
         fp32."""
@@ -309,15 +313,19 @@ def choose(run, config, tokens, kept=None, dtype=None):
     config   a LensConfig;  tokens: of a usual training sequence, image and text
     dtype    "fp32" or "bf16", as asked for; None: the faster one
     """
-    device = torch.device(run.device).type
-    fastest, why_dtype = same_everywhere(pick_dtype(device, dtype, config.inner_dim))
-    kernel, why_kernel = same_everywhere(
-        pick_attention(run.device, fastest, config, tokens, learns=True))
-    run.bf16, run.attention = fastest == torch.bfloat16, kernel
-    if kept:
-        run.attention, why_kernel = kept["attention"], "as this run began"
     if kept and dtype is None:
         run.bf16, why_dtype = kept["bf16"], "as this run began"
+    else:
+        device = torch.device(run.device).type
+        chosen, why_dtype = same_everywhere(pick_dtype(device, dtype, config.inner_dim))
+        run.bf16 = chosen == torch.bfloat16
+
+    if kept:
+        run.attention, why_kernel = kept["attention"], "as this run began"
+    else:
+        kernel_dtype = torch.bfloat16 if run.bf16 else torch.float32
+        run.attention, why_kernel = same_everywhere(
+            pick_attention(run.device, kernel_dtype, config, tokens, learns=True))
     compute = "bf16" if run.bf16 else "fp32"
     return f"{compute} compute ({why_dtype}); {run.attention} attention ({why_kernel})"
 
@@ -378,6 +386,16 @@ def compile_blocks(model, vae=None, fullgraph=True, graphs=False):
 
 
 # --- The log --------------------------------------------------------------------------------------
+
+def due(every, step, steps):
+    """Whether something is due that comes every so many steps and at the end; 0: never."""
+    return every > 0 and (step % every == 0 or step == steps)
+
+
+def in_words(scores):
+    """{name: number} as a line to print."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in scores.items())
+
 
 class Log:
     """metrics.jsonl in a run's folder, one line a step; and curves.svg, drawn from it. Rank 0 only:

@@ -488,7 +488,7 @@ def train_text(run, settings, folder, size, steps, save_every):
             log.draw()
         if notice.given and step < steps:
             bar.close()
-            run.say(f"SIGTERM: saved {run.out} at step {step}; the same command goes on from there")
+            run.say_stopped(step)
             sys.exit(0)
 
     layers = lens.SIZES[size].transformer.selected_layer_index
