@@ -420,42 +420,81 @@ class Log:
             write_text(self.folder / "curves.svg", curves(rows))
 
 
-SHOWN = ("loss", "reward", "overall", "fidelity", "diversity", "label_loss", "fake_loss",
-         "heads_loss", "grad_norm", "lr")
+# What curves.svg shows, in this order: names of metrics.jsonl, and what a panel is called.
+SHOWN = {"loss": "loss", "loss_by_t": "loss by noise level, t from 0 (data) to 1 (noise)",
+         "reward": "reward", "overall": "score", "fidelity": "fidelity", "diversity": "diversity",
+         "label_loss": "loss of the labels", "fake_loss": "loss of the fake score",
+         "heads_loss": "loss of the heads", "grad_norm": "gradient norm", "lr": "learning rate"}
+COLORS = ("#124", "#27b", "#2a7", "#d70")          # of a panel's lines
+WIDTH, HEIGHT = 640, 120                           # of a panel, in pixels
 
 
-def curves(rows, names=SHOWN, width=640, height=120):
-    """The log as an SVG: one panel for each of `names` that has two numbers or more, over the step.
-    A grey line joins the values, a dark one their running mean."""
+def curves(rows):
+    """The log as an SVG: one panel for each name of SHOWN that has two numbers or more, over the
+    step. A pale line joins the values, a dark one their running mean. A list in the log, such as
+    the loss by quarters of the noise level, gives a line an entry; the last numbers stand above in
+    the colours of the lines."""
     panels = []
-    for name in names:
-        known = [row for row in rows if isinstance(row.get(name), (int, float))]
-        points = [(row["step"], row[name]) for row in known if math.isfinite(row[name])]
-        if len(points) >= 2:
-            panels.append(panel(name, points, len(panels) * (height + 40), width, height))
-    total = len(panels) * (height + 40)
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 20}" height="{total + 10}" '
+    for name, title in SHOWN.items():
+        lines = lines_of(rows, name)
+        if lines:
+            panels.append(panel(title, lines, top=len(panels) * (HEIGHT + 40)))
+    total = len(panels) * (HEIGHT + 40)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH + 20}" height="{total + 10}" '
             f'font-family="sans-serif" font-size="12">\n'
             f'<rect width="100%" height="100%" fill="white"/>\n'
             + "\n".join(panels) + "\n</svg>\n")
 
 
-def panel(name, points, top, width, height):
-    steps, values = np.array(points, float).T
-    low, high = values.min(), values.max()
-    if len(values) > 1000:                         # as many points as a screen can show
-        chosen = np.linspace(0, len(values) - 1, 1000).astype(int)
-        steps, values = steps[chosen], values[chosen]
+def lines_of(rows, name):
+    """{colour: points [steps, 2], the step and the value}: one line for a number, several where the
+    log has a list. A line has two points at least."""
+    lines = []
+    for row in rows:
+        value = row.get(name)
+        values = value if isinstance(value, list) else [value]
+        while len(lines) < len(values):
+            lines.append([])
+        for points, value in zip(lines, values):
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                points.append((row["step"], value))
+    return {color: np.array(points, float)
+            for color, points in zip(COLORS, lines) if len(points) >= 2}
+
+
+def panel(title, lines, top):
+    """One panel as SVG, `top` pixels from the top of the page. lines: see `lines_of`."""
+    every = np.concatenate(list(lines.values()))
+    first, last = every[:, 0].min(), every[:, 0].max()
+    # Without the outermost half percent: a loss begins twenty times as high as it ends, and one
+    # spike of a gradient would flatten all the rest. What is outside is drawn at the edge.
+    low, high = np.quantile(every[:, 1], (0.005, 0.995), method="inverted_cdf")
+
+    def polyline(steps, values, color, opacity):
+        across = 10 + WIDTH * (steps - first) / max(last - first, 1)
+        down = top + 25 + HEIGHT * (high - values.clip(low, high)) / max(high - low, 1e-12)
+        where = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down))
+        return (f'<polyline points="{where}" fill="none" stroke="{color}" '
+                f'stroke-opacity="{opacity}"/>')
+
+    pale, dark = [], []
+    for color, points in lines.items():
+        if len(points) > WIDTH:                    # one for each pixel is enough
+            points = points[np.linspace(0, len(points) - 1, WIDTH).astype(int)]
+        steps, values = points.T
+        pale.append(polyline(steps, values, color, opacity=0.25))
+        dark.append(polyline(steps, running_mean(values), color, opacity=1))
+
+    now = ", ".join(f'<tspan fill="{color}">{points[-1, 1]:.4g}</tspan>'
+                    for color, points in lines.items())
+    label = f"{title}: {now} at step {last:.0f} (from {low:.4g} to {high:.4g})"
+    return f'<text x="10" y="{top + 18}">{label}</text>' + "".join(pale + dark)
+
+
+def running_mean(values):
+    """The mean of all values so far at first, then of about the last twenty."""
     means, mean = [], values[0]
     for k, value in enumerate(values):
-        mean += max(0.05, 1 / (1 + k)) * (value - mean)    # of all at first, then of about twenty
+        mean += max(0.05, 1 / (1 + k)) * (value - mean)
         means.append(mean)
-
-    def line(ys, color):
-        across = 10 + width * (steps - steps[0]) / max(steps[-1] - steps[0], 1)
-        down = top + 25 + height * (high - np.array(ys)) / max(high - low, 1e-12)
-        where = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down))
-        return f'<polyline points="{where}" fill="none" stroke="{color}"/>'
-
-    label = f"{name}: {values[-1]:.4g} at step {steps[-1]:.0f} (from {low:.4g} to {high:.4g})"
-    return f'<text x="10" y="{top + 18}">{label}</text>{line(values, "#bbb")}{line(means, "#124")}'
+    return np.array(means)

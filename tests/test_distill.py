@@ -513,7 +513,7 @@ def test_signals_are_logged_and_all_that_should_move_moves(base, whole):
         assert all(row[name] is not None for name in wanted)
     assert log[0]["heads_loss"] == pytest.approx(2 * math.log(2), abs=0.02)
     assert -1 <= log[0]["cosine"] <= 1
-    assert "heads_loss" in (whole / "curves.svg").read_text()
+    assert "loss of the heads" in (whole / "curves.svg").read_text()
 
     teacher = load_transformer(base, "cpu", torch.float32)
     start, end = teacher.state_dict(), tensors(whole)

@@ -59,6 +59,7 @@ ORDER = [
     "distill",
     "tools.budget",
     "tools.bench",
+    "tools.strip",
 ]
 PACKAGES = {name.split(".")[0] for name in ORDER if "." in name}
 

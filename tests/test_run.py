@@ -564,7 +564,7 @@ def panels_of(drawing):
     for line in root.iter(f"{SVG}polyline"):
         points = [tuple(map(float, point.split(","))) for point in line.get("points").split()]
         lines.append(points)
-    return [label.text for label in root.iter(f"{SVG}text")], lines
+    return ["".join(label.itertext()) for label in root.iter(f"{SVG}text")], lines
 
 
 def test_curves_show_each_name_that_has_two_numbers():
@@ -572,7 +572,7 @@ def test_curves_show_each_name_that_has_two_numbers():
     log[3]["reward"] = 0.5                         # once: no curve
     labels, lines = panels_of(curves(log))
     assert labels == ["loss: 0.1 at step 10 (from 0.1 to 1)",
-                      "lr: 0.1 at step 10 (from 0.1 to 0.1)"]
+                      "learning rate: 0.1 at step 10 (from 0.1 to 0.1)"]
     assert len(lines) == 4                         # the values and their mean, of two panels
     values = lines[0]
     assert len(values) == 10
@@ -580,6 +580,30 @@ def test_curves_show_each_name_that_has_two_numbers():
     assert values[-1] == (650, 145)                # the lowest at the bottom right
     assert [x for x, _ in values] == sorted(x for x, _ in values)
     assert all(0 <= y <= 330 for line in lines for _, y in line)
+
+
+def test_curves_draw_a_line_for_each_noise_level():
+    """On one scale; where no sample fell into a quarter there is no point."""
+    log = [{"step": step, "loss_by_t": [0.1, 0.2, None, 0.4]} for step in (1, 2, 3)]
+    log[1]["loss_by_t"] = [0.1, 0.2, 0.3, None]
+    labels, lines = panels_of(curves(log))
+    assert labels == ["loss by noise level, t from 0 (data) to 1 (noise): "
+                      "0.1, 0.2, 0.4 at step 3 (from 0.1 to 0.4)"]
+    low, second, high = lines[:3]                  # the third quarter has one number: no line
+    assert [y for _, y in low] == [145, 145, 145]  # at the bottom
+    assert [x for x, _ in high] == [10, 650]
+    assert [y for _, y in high] == [25, 25]
+    assert low[0][1] > second[0][1] > high[0][1]
+
+
+def test_a_spike_does_not_flatten_a_curve():
+    log = [{"step": step, "loss": 0.1 + 0.1 * (step % 2)} for step in range(1000)]
+    log[0]["loss"] = 1e6
+    labels, lines = panels_of(curves(log))
+    assert labels[0].endswith("(from 0.1 to 0.2)")
+    heights = [y for _, y in lines[0]]
+    assert min(heights) == 25                               # the spike is at the edge
+    assert heights.count(145) > 200                         # 0.1, at the bottom
 
 
 def test_curves_of_strange_numbers_are_well_formed():
@@ -595,7 +619,7 @@ def test_curves_of_strange_numbers_are_well_formed():
 def test_long_logs_are_thinned_to_what_a_screen_can_show():
     log = [{"step": step, "loss": step % 7} for step in range(5000)]
     labels, lines = panels_of(curves(log))
-    assert len(lines[0]) == 1000
+    assert len(lines[0]) == 640
     assert lines[0][0][0] == 10
     assert lines[0][-1][0] == 650
     assert labels[0].startswith("loss: 1 at step 4999")
