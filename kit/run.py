@@ -421,7 +421,7 @@ class Log:
 
 
 # What curves.svg shows, in this order: names of metrics.jsonl, and what a panel is called.
-SHOWN = {"loss": "loss", "loss_by_t": "loss by noise level, t from 0 (data) to 1 (noise)",
+SHOWN = {"loss": "loss", "loss_by_t": "loss by quarters of t, data to noise",
          "reward": "reward", "overall": "score", "fidelity": "fidelity", "diversity": "diversity",
          "label_loss": "loss of the labels", "fake_loss": "loss of the fake score",
          "heads_loss": "loss of the heads", "grad_norm": "gradient norm", "lr": "learning rate"}
@@ -491,10 +491,9 @@ def panel(title, lines, top):
     return f'<text x="10" y="{top + 18}">{label}</text>' + "".join(pale + dark)
 
 
-def running_mean(values):
-    """The mean of all values so far at first, then of about the last twenty."""
-    means, mean = [], values[0]
-    for k, value in enumerate(values):
-        mean += max(0.05, 1 / (1 + k)) * (value - mean)
-        means.append(mean)
-    return np.array(means)
+def running_mean(values, window=21):
+    """The mean of each value and the ten on either side of it, as far as there are so many."""
+    ones = np.ones(window)
+    sums = np.convolve(values, ones)[window // 2:][:len(values)]
+    counts = np.convolve(np.ones(len(values)), ones)[window // 2:][:len(values)]
+    return sums / counts

@@ -56,6 +56,7 @@ from kit.run import (
     pick_dtype,
     race,
     rank_zero_first,
+    running_mean,
     same_everywhere,
     start_run,
     use_attention,
@@ -587,13 +588,17 @@ def test_curves_draw_a_line_for_each_noise_level():
     log = [{"step": step, "loss_by_t": [0.1, 0.2, None, 0.4]} for step in (1, 2, 3)]
     log[1]["loss_by_t"] = [0.1, 0.2, 0.3, None]
     labels, lines = panels_of(curves(log))
-    assert labels == ["loss by noise level, t from 0 (data) to 1 (noise): "
-                      "0.1, 0.2, 0.4 at step 3 (from 0.1 to 0.4)"]
+    assert labels == ["loss by quarters of t, data to noise: 0.1, 0.2, 0.4 at step 3 (from 0.1 to 0.4)"]
     low, second, high = lines[:3]                  # the third quarter has one number: no line
     assert [y for _, y in low] == [145, 145, 145]  # at the bottom
     assert [x for x, _ in high] == [10, 650]
     assert [y for _, y in high] == [25, 25]
     assert low[0][1] > second[0][1] > high[0][1]
+
+
+def test_the_mean_of_a_curve_does_not_lag():
+    assert running_mean(np.arange(50.0))[10:40] == pytest.approx(np.arange(10, 40))
+    assert running_mean(np.array([1.0, 3.0])) == pytest.approx([2, 2])
 
 
 def test_a_spike_does_not_flatten_a_curve():
