@@ -26,6 +26,7 @@ from toy.checker import check_facts, held_out, round_trip
 from toy.world import TASKS
 
 README = (ROOT / "README.md").read_text()
+EXERCISES = (ROOT / "docs" / "exercises.md").read_text()
 PAGES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))
 
 # The order of reading. A module imports only what stands above it.
@@ -249,6 +250,11 @@ def readme_commands():
         yield from commands_in(text)
 
 
+def exercise_commands():
+    for text in re.findall(r"```bash\n(.*?)```", EXERCISES, re.S):
+        yield from commands_in(text)
+
+
 def docstring_commands():
     for module in ORDER:
         docstring = ast.get_docstring(tree_of(file_of(module)))
@@ -307,9 +313,10 @@ def test_help_ends_with_the_commands(script, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", sorted({*readme_commands(), *docstring_commands()}), ids=" ".join)
+    "command", sorted({*readme_commands(), *docstring_commands(), *exercise_commands()}),
+    ids=" ".join)
 def test_commands_are_understood(command, parse_only, capsys):
-    """Those of the README and of the docstrings, by the parsers that would read them."""
+    """Those of README, docstrings and exercises, by the parsers that would read them."""
     module, words = module_and_flags(command)
     if module in ("venv", "pytest"):
         return
@@ -324,6 +331,25 @@ def test_commands_are_understood(command, parse_only, capsys):
     known = set(re.findall(r"--[a-z0-9-]+", help_of(module, capsys)))
     flags = {word.split("=")[0] for word in words if word.startswith("--")}
     assert flags <= known
+
+
+# --- What the exercises change --------------------------------------------------------------------
+
+CHANGES = re.findall(r"^```diff\n--- a/(\S+)\n(.*?)^```", EXERCISES, re.M | re.S)
+
+
+@pytest.mark.parametrize("file, change", CHANGES)
+def test_what_an_exercise_changes_is_there(file, change):
+    """Lines that a change takes away or keeps stand in the file, each once."""
+    lines = (ROOT / file).read_text().splitlines()
+    for line in change.splitlines():
+        if not line.startswith("+"):
+            assert lines.count(line[1:]) == 1, line
+
+
+def test_there_are_twelve_exercises():
+    assert re.findall(r"^### (\d+)\.", EXERCISES, re.M) == [str(k) for k in range(1, 13)]
+    assert len(CHANGES) == 12                      # the last one only has a flag; one is for all
 
 
 # --- What the README says -------------------------------------------------------------------------

@@ -588,7 +588,8 @@ def test_curves_draw_a_line_for_each_noise_level():
     log = [{"step": step, "loss_by_t": [0.1, 0.2, None, 0.4]} for step in (1, 2, 3)]
     log[1]["loss_by_t"] = [0.1, 0.2, 0.3, None]
     labels, lines = panels_of(curves(log))
-    assert labels == ["loss by quarters of t, data to noise: 0.1, 0.2, 0.4 at step 3 (from 0.1 to 0.4)"]
+    assert labels == ["loss by quarters of t, data to noise: "
+                      "0.1, 0.2, 0.4 at step 3 (from 0.1 to 0.4)"]
     low, second, high = lines[:3]                  # the third quarter has one number: no line
     assert [y for _, y in low] == [145, 145, 145]  # at the bottom
     assert [x for x, _ in high] == [10, 650]
