@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import data
@@ -47,6 +46,8 @@ from kit.files import (
     check_writable,
     error_context,
     file_hash,
+    lines_of,
+    one_form,
     open_safetensors,
     positive,
     read_text,
@@ -56,7 +57,7 @@ from kit.files import (
     write_safetensors,
 )
 from kit.fp8 import to_fp8
-from kit.images import contact_sheet, from_pil, save_png, to_pil
+from kit.images import contact_sheet, cover, from_pil, read_picture, save_png, to_pil, to_rgb
 from kit.lora import merge_lora
 from kit.run import compile_blocks, pick_attention, pick_device, pick_dtype, use_attention
 from toy import language
@@ -177,7 +178,7 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
                 in any batch
     negative    a negative prompt;  on_step: see `denoise`
     features    what encoder.encode_each gave for prompts + [negative]
-    images      one PIL image a prompt to start from, stretched to the size
+    images      one PIL image a prompt to start from; what the size has no room for is cut off
     strength    the share of the steps that is run on `images`, which are noised to the level where
                 these steps begin (1: all steps, from noise alone)
     """
@@ -219,7 +220,7 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
     for batch in batches:
         noise = torch.cat([picture_noise(seeds[i], grid, channels) for i in batch]).to(device)
         if images:
-            begin = [images[i].resize((width, height), Image.LANCZOS) for i in batch]
+            begin = [cover(to_rgb(images[i]), (height, width)) for i in batch]
             level = lens.sigmas(noise.shape[1], steps)[start].item()
             noise = lens.add_noise(to_tokens(vae, begin), noise, level)
 
@@ -424,7 +425,7 @@ def pick_size(height, width, aspect, base):
 def read_prompts(path):
     """Prompts of a file: plain lines, or JSON lines with a `prompt` field, as GenEval's.
     -> (prompts, [the whole row of each] or None)."""
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    lines = lines_of(read_text(path))
     rows = None
     if str(path).endswith((".jsonl", ".json")):
         with error_context(f"cannot read prompts from {path}"):
@@ -432,7 +433,7 @@ def read_prompts(path):
             lines = [row["prompt"] for row in rows]
     usable = all(isinstance(line, str) and line.strip() for line in lines)
     require(lines and usable, f"{path}: no prompts, or an empty one, in the file")
-    return lines, rows
+    return [one_form(line) for line in lines], rows
 
 
 def strange_words(prompts, notes):
@@ -632,7 +633,7 @@ def open_start(path):
     if not path:
         return None
     with error_context(f"cannot read --image {path}"):
-        return Image.open(path).convert("RGB")
+        return read_picture(Path(path).expanduser().read_bytes())
 
 
 def arguments(argv):
@@ -644,7 +645,8 @@ def arguments(argv):
     add("--negative", default="", help="what it should not show; empty: no text at all")
     add("--seed", type=int, default=0, help="of the first picture; the next have seed + 1, ...")
     add("--num", type=positive, default=1, help="pictures a prompt")
-    add("--image", metavar="FILE", help="a picture to start from, stretched to the size")
+    add("--image", metavar="FILE", help="a picture to start from; its middle is taken where "
+        "its proportions are not those asked for")
     add("--strength", type=float, default=0.7, help="how much of --image is redrawn, above 0 to 1")
 
     add = parser.add_argument_group("how").add_argument

@@ -3,12 +3,14 @@
 Read before: nothing.
 """
 import argparse
+import codecs
 import contextlib
 import hashlib
 import json
 import os
 import re
 import sys
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -122,10 +124,52 @@ def check_writable(folder):
     trial.unlink()
 
 
+def paths_below(folder, leave_out=None, on_error=None):
+    """[Path] of all but the folders below a folder, in order. Links to folders are followed, and
+    each folder is met once: a link back to where it came from ends there.
+
+    leave_out   a folder that is not entered
+    on_error    called with the OSError of a folder that cannot be read
+    """
+    met = {Path(leave_out).resolve()} if leave_out else set()
+    paths = []
+    for place, folders, names in os.walk(folder, onerror=on_error, followlinks=True):
+        folders.sort()
+        real = Path(place).resolve()
+        if real in met:
+            folders.clear()
+        else:
+            met.add(real)
+            paths += [Path(place) / name for name in names]
+    return sorted(paths)
+
+
+def decode_text(blob):
+    """Bytes of a text file -> str: UTF-8, or UTF-16 with the mark before it that Windows writes.
+    The mark itself is left out, and every line ends in "\\n". UnicodeError where it is neither."""
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    text = blob.decode("utf-16" if blob.startswith(marks) else "utf-8-sig")
+    if "\0" in text:                               # of UTF-16 without its mark, or of no text
+        raise UnicodeError("neither UTF-8 nor UTF-16 with its byte-order mark")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_text(path):
-    """A UTF-8 text file; LensError names it if it is missing or is something else."""
+    """A text file, see `decode_text`; LensError names it if it is missing or is something else."""
     with error_context(f"cannot read {path}"):
-        return Path(path).read_text(encoding="utf-8")
+        return decode_text(Path(path).read_bytes())
+
+
+def lines_of(text):
+    """Its lines that are not blank. They end at "\\n" alone: str.splitlines would also split at
+    U+2028, which may stand inside a JSON string."""
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def one_form(text):
+    """Each letter with its accents as one character where there is such (Unicode's NFC): macOS
+    writes them as two, and the same word would be another one."""
+    return unicodedata.normalize("NFC", text)
 
 
 def write_text(path, text):
@@ -134,7 +178,7 @@ def write_text(path, text):
 
 def read_json(path):
     with error_context(f"cannot read {path}"):
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
 
 
 def write_json(path, data):
@@ -146,7 +190,7 @@ def read_json_lines(path):
     a crash is left out."""
     rows = []
     if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in Path(path).read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return rows

@@ -1,14 +1,16 @@
 """Pictures: to tensors and back, from files that others made, to contact sheets and PNG files.
 
-Read before: kit/files.py.
+Read before: kit/files.py. What is read of which files is told in docs/formats.md.
 """
+import contextlib
+import functools
 import io
 import math
 import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from kit.files import replace_file
@@ -42,13 +44,31 @@ def from_pil(images):
 # --- Picture files --------------------------------------------------------------------------------
 # Others made them: nothing in them is trusted, and every fault has a name.
 
-# Endings of the files that are taken for pictures; what a file holds is found out by reading it.
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Pillow tells these from their headers, but makes no pixels of them. (EPS would be drawn by another
+# program, Ghostscript: no file may choose what is run here.)
+NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+# Endings of the files that are taken for pictures: all that Pillow reads, in the order in which one
+# is chosen among files of one name. What a file holds is found out by reading it.
+OF_PILLOW = Image.registered_extensions()          # {ending: name of the format}
+FORMATS = [name for name in Image.OPEN if name not in NO_PIXELS]
+USUAL = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+OTHERS = sorted(ending for ending, name in OF_PILLOW.items() if name in FORMATS)
+ENDINGS = tuple(dict.fromkeys((*USUAL, *OTHERS)))
 
 # A file that claims more pixels is refused from its header: unpacked it would take 400 MB and more.
 MAX_PIXELS = 2**27
 
+# Text inside a PNG, in bytes. Above 1 MB Pillow refuses the picture, and ComfyUI writes whole
+# workflows there.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26
+
 ORIENTATION = 0x0112         # the EXIF tag that says how a camera was held; from 5 on, on its side
+
+# Tags of a TIFF. What zero stands for: 0 white, 1 black. The format: 1 unsigned, 2 signed, 3 float.
+BITS = 0x0102
+ZERO_IS = 0x0106
+NUMBER_FORMAT = 0x0153
 
 
 class Fault(Exception):
@@ -60,56 +80,162 @@ def read_picture(blob, size=None, where=(0.5, 0.5)):
 
     The picture keeps its proportions: it is scaled until it just covers the size, and of what hangs
     over, the share `where` (x, y in [0, 1]) is cut off on the left or at the top. [ours]
-    Raises Fault: "broken picture" or "too many pixels".
+    Raises Fault: "broken picture", "too many pixels" or "grey values of unknown range".
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")        # odd metadata is no fault of the pixels
-            image = decode(blob, size)
-    except Image.DecompressionBombError:
-        raise Fault("too many pixels") from None
-    except Exception:                              # PIL's plugins raise whatever they meet
-        raise Fault("broken picture") from None
+    with faults_named():
+        image = open_picture(blob)
+        if size:
+            decode_reduced(image, size)
+        image = to_rgb(image)
 
     if size and image.size != (size[1], size[0]):
         image = cover(image, size, where)
     return image
 
 
-def decode(blob, size=None):
-    """Bytes -> RGB PIL image, upright as viewers show it. size: what it must be able to cover."""
-    image = Image.open(io.BytesIO(blob))
+def picture_size(blob):
+    """(width, height) that read_picture(blob) will have, from the file's header alone. Raises Fault
+    where that is broken already."""
+    with faults_named():
+        image = open_picture(blob)
+        if on_its_side(image):
+            return image.height, image.width
+        return image.size
+
+
+@contextlib.contextmanager
+def faults_named():
+    """Whatever Pillow raises becomes a Fault."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")        # odd metadata is no fault of the pixels
+            yield
+    except Fault:
+        raise
+    except Image.DecompressionBombError:
+        raise Fault("too many pixels") from None
+    except Exception:                              # PIL's plugins raise whatever they meet
+        raise Fault("broken picture") from None
+
+
+def open_picture(blob):
+    """Bytes -> PIL image whose pixels are not yet decoded."""
+    image = Image.open(io.BytesIO(blob), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError
-    if size:
-        decode_reduced(image, size)
-    image = ImageOps.exif_transpose(image)
+    return image
 
-    # 16 bits a pixel: PIL would clip them, we scale.
-    if image.mode.startswith("I"):
-        eight_bits = (np.asarray(image, np.float64) / 257).clip(0, 255).round()
-        image = Image.fromarray(eight_bits.astype(np.uint8))
 
-    # What is transparent is laid on white paper.
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(paper, image)
-
-    return image.convert("RGB")
+def on_its_side(image):
+    """Whether a picture that was just opened will have its sides swapped when it is upright."""
+    if image.format == "TIFF":                     # its size is that of the upright picture already
+        return False
+    # A PNG may have its EXIF behind the pixels, and Pillow decodes all of them to look there.
+    if image.format == "PNG" and "exif" not in image.info:
+        return False
+    with contextlib.suppress(Exception):           # broken EXIF: as if there were none
+        return image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    return False
 
 
 def decode_reduced(image, size):
     """Has a JPEG decoded at the smallest of the scales 1, 1/2, 1/4, 1/8 that still covers `size`:
     2.5 to 4.4 times as fast as decoding all of a camera's picture. Other files stay as they are."""
     height, width = size
-    if image.getexif().get(ORIENTATION, 1) >= 5:   # stored on its side
+    if on_its_side(image):
         height, width = width, height
     scale = max(height / image.height, width / image.width)
     image.draft("RGB", (math.ceil(image.width * scale), math.ceil(image.height * scale)))
 
 
-def cover(image, size, where):
+def to_rgb(image):
+    """A PIL image of any mode -> RGB, as viewers show it: upright, what is transparent on white
+    paper, colours in sRGB. Of an animation it is the first picture. Raises Fault, or what Pillow
+    raises where it cannot decode the pixels."""
+    image.load()
+    profile = image.info.get("icc_profile")
+    tags = getattr(image, "tag_v2", {})            # of a TIFF
+    with contextlib.suppress(Exception):           # broken EXIF: as if there were none
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = to_8_bits(image, tags)
+    if image.has_transparency_data:
+        image = on_white(image)
+    return in_srgb(image, profile)
+
+
+def to_8_bits(image, tags):
+    """A grey picture of 16 or 32 bits a pixel -> mode L: Pillow would clip its values, we scale
+    them. Raises Fault. tags: of a TIFF, else {}."""
+    signed = tags.get(NUMBER_FORMAT) == (2,)
+    bits = tags.get(BITS, (16,))[0]
+    values = np.asarray(image)
+    if image.mode == "I" and bits == 32 and not signed:
+        values = values.view(np.uint32)            # Pillow hands them over as signed
+    values = values.astype(np.float64)             # [H, W]
+
+    if image.mode == "F" or bits == 32:
+        white = white_of_32_bits(values, signed)
+    else:
+        white = 2**(bits - signed) - 1
+    if "transparency" in image.info:               # one value, which stands for no paint
+        values[values == image.info["transparency"]] = white
+    if tags.get(ZERO_IS) == 0:
+        values = white - values
+    return Image.fromarray((values * (255 / white)).clip(0, 255).round().astype(np.uint8))
+
+
+def white_of_32_bits(values, signed):
+    """Which value stands for white. No file says so: programs write 0 to 1, to 255, to 65,535, or
+    to the largest number. It is the one of which the picture uses at least a sixteenth and exceeds
+    at most a tenth, as sharpening may. Raises Fault where there is no such."""
+    low, high = values.min(), values.max()         # one NaN makes both NaN
+    if low == high == 0:
+        return 1
+    for white in (1, 255, 2**16 - 1, 2**(32 - signed) - 1):
+        if white / 16 <= high <= 1.1 * white and low >= -0.1 * white:
+            return white
+    raise Fault("grey values of unknown range")
+
+
+def on_white(image):
+    """A picture with transparent parts, laid on white paper: L or RGB."""
+    grey = image.mode in ("L", "LA", "La")
+    image = image.convert("RGBA")
+    paper = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(paper, image).convert("L" if grey else "RGB")
+
+
+def in_srgb(image, profile=None):
+    """-> RGB, in the colours of sRGB. profile: the file's ICC profile as bytes; None, or one that
+    is broken or of other channels than the picture: the values are taken for sRGB's."""
+    if image.mode not in ("L", "RGB", "CMYK", "LAB"):
+        image = image.convert("RGB")
+    if profile:
+        # OSError: no profile at all. PyCMSError: one that does not fit.
+        with contextlib.suppress(OSError, ImageCms.PyCMSError):
+            transform = srgb_from(profile, image.mode)
+            if transform:
+                return ImageCms.applyTransform(image, transform)
+    return image.convert("RGB")
+
+
+@functools.lru_cache(maxsize=16)                   # most pictures share a few profiles
+def srgb_from(profile, mode):
+    """The transform from a profile, as bytes, to sRGB; None where it would change next to nothing.
+    Cameras and editors write sRGB's own profile: to apply it takes longer than to decode a JPEG."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode == "RGB":
+        levels = np.arange(0, 256, 17, dtype=np.uint8)                # [16]
+        swatches = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(64, 64, 3)
+        shown = np.asarray(ImageCms.applyTransform(Image.fromarray(swatches), transform))
+        if np.abs(shown.astype(int) - swatches).max() <= 2:
+            return None
+    return transform
+
+
+def cover(image, size, where=(0.5, 0.5)):
     """The part of the picture that has the proportions of `size`, resized. See read_picture."""
     height, width = size
     across = min(image.width, image.height * width / height)

@@ -12,7 +12,7 @@ from typing import TypedDict
 import numpy as np
 
 from kit.chat import Endpoint, chat_about, parse_json
-from kit.files import error_context, read_text, require, write_json_lines
+from kit.files import error_context, one_form, read_text, require, write_json_lines
 
 # --- Prompts with rubrics -------------------------------------------------------------------------
 
@@ -49,17 +49,20 @@ def read_rows(path, sizes):
     """
     lines = []
     if Path(path).is_file():
-        lines = read_text(path).splitlines()
+        # At "\n" alone: str.splitlines would also split inside a JSON string, at U+2028.
+        lines = read_text(path).split("\n")
 
     rows = []
     for n, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         with error_context(f"--data {path}, line {n}: not a prompt with rubrics"):
             given = json.loads(line)
             prompt = given["prompt"]
             require(prompt.strip(), f"--data {path}, line {n}: its prompt is empty")
             rubrics = [read_rubric(rubric) for rubric in given["rubrics"]]
         size = sizes[n % len(sizes)]
-        rows.append(PromptRow(prompt=prompt, rubrics=rubrics + [COHERENT], size=size))
+        rows.append(PromptRow(prompt=one_form(prompt), rubrics=rubrics + [COHERENT], size=size))
     require(rows, f"--data {path}: no prompts there (rl.py --write-prompts makes such a file)")
     return rows
 

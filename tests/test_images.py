@@ -1,16 +1,21 @@
 """Pictures of every kind come out right, bad ones are named, and sheets and notes are whole."""
 import io
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import ROOT
+from PIL import EpsImagePlugin, Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 from shards import encoded, photo, png_of
 
 from kit.images import (
+    ENDINGS,
     Fault,
     contact_sheet,
     from_pil,
+    picture_size,
     read_picture,
     save_png,
     to_images,
@@ -66,6 +71,132 @@ def test_16_bits_are_scaled_not_clipped():
     assert largest_difference(read_picture(encoded(deep)), grey.convert("RGB")) == 0
 
 
+GREY = np.asarray(photo(1, 48, 32).convert("L"))
+
+
+def with_tag(tiff, tag, before, after):
+    """A TIFF's bytes with another value of a tag that holds one 16-bit number."""
+    old, new = (struct.pack("<HHIHH", tag, 3, 1, value, 0) for value in (before, after))
+    assert tiff.count(old) == 1
+    return tiff.replace(old, new)
+
+
+@pytest.mark.parametrize("values", [
+    GREY.astype(np.int32),
+    GREY.astype(np.int32) * 257,
+    GREY.astype(np.int32) * 2**23,
+    GREY.astype(np.float32),
+    GREY.astype(np.float32) * 257,
+    (GREY / 255).astype(np.float32),
+    np.where(GREY > 250, 1.05, GREY / 255).astype(np.float32),    # sharpened: above white
+    np.zeros((32, 48), np.float32),
+], ids=["int 255", "int 65535", "int 2^31", "float 255", "float 65535", "float 1", "overshoot",
+        "black"])
+def test_32_bits_are_scaled_by_what_they_use(values):
+    expected = Image.fromarray(GREY if values.any() else np.zeros_like(GREY)).convert("RGB")
+    found = read_picture(encoded(Image.fromarray(values), "TIFF"))
+    assert largest_difference(found, expected) <= (5 if values.max() == np.float32(1.05) else 1)
+
+
+def test_32_bits_without_a_sign_are_told_by_the_files_tag():
+    values = GREY.astype(np.uint32) * (2**24 + 2**16 + 2**8 + 1)      # white is 2^32 - 1
+    signed = encoded(Image.fromarray(values.view(np.int32)), "TIFF")
+    with pytest.raises(Fault, match="^grey values of unknown range$"):
+        read_picture(signed)
+    unsigned = with_tag(signed, 0x0153, 2, 1)
+    assert largest_difference(read_picture(unsigned), Image.fromarray(GREY).convert("RGB")) <= 1
+
+
+@pytest.mark.parametrize("values", [
+    GREY.astype(np.float32) / 255 * 7, GREY.astype(np.float32) - 128,
+    np.full((4, 4), np.nan, np.float32), np.full((4, 4), 10**6, np.int32)])
+def test_values_of_unknown_range_are_named_not_black(values):
+    with pytest.raises(Fault, match="^grey values of unknown range$"):
+        read_picture(encoded(Image.fromarray(values), "TIFF"))
+
+
+def test_16_bits_with_a_transparent_value_or_with_zero_for_white():
+    deep = Image.fromarray(GREY.astype(np.uint16) * 257)
+    value = int(GREY[5, 7])
+    found = np.asarray(read_picture(encoded(deep, transparency=value * 257)))[..., 0]
+    assert (found == np.where(GREY == value, 255, GREY)).all()
+
+    negative = with_tag(encoded(deep, "TIFF"), 0x0106, 1, 0)
+    assert (np.asarray(read_picture(negative))[..., 0] == 255 - GREY).all()
+
+
+def swapped_profile():
+    """An ICC profile in which what sRGB calls red is green, and the other way round."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, green = profile.index(b"rXYZ"), profile.index(b"gXYZ")       # entries of the tag table
+    places = slice(red + 4, red + 12), slice(green + 4, green + 12)
+    profile[places[0]], profile[places[1]] = profile[places[1]], profile[places[0]]
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "RGBA"])
+def test_colours_are_those_of_the_files_profile(mode):
+    image = photo(1, 48, 32).quantize(16)
+    if mode != "P":
+        image = image.convert(mode)
+    blob = encoded(image, icc_profile=swapped_profile())
+    turned = np.asarray(image.convert("RGB"))[..., [1, 0, 2]]
+    assert largest_difference(read_picture(blob), turned) <= 3
+    small = read_picture(blob, (16, 24))
+    assert largest_difference(small, read_picture(encoded(Image.fromarray(turned)), (16, 24))) <= 4
+
+
+def test_a_profile_that_is_srgbs_own_broken_or_of_other_channels_changes_nothing():
+    plain = photo(1, 48, 32)
+    own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (own, own[:200], b"no profile", b""):
+        found = read_picture(encoded(plain, icc_profile=profile))
+        assert largest_difference(found, plain) == 0
+    for mode in ("L", "CMYK"):
+        image = plain.convert(mode)
+        found = read_picture(encoded(image, "TIFF", icc_profile=swapped_profile()))
+        assert largest_difference(found, image.convert("RGB")) == 0
+
+
+def test_a_long_text_does_not_break_a_png():
+    notes = PngInfo()
+    notes.add_text("workflow", "a node " * 300_000)
+    notes.add_text("prompt", "a node " * 300_000, zip=True)
+    notes.add_itxt("parameters", "a node " * 300_000)
+    plain = photo(1)
+    assert largest_difference(read_picture(encoded(plain, pnginfo=notes)), plain) == 0
+
+
+def test_of_an_animation_the_first_picture_is_taken():
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    for form in ("GIF", "PNG", "WEBP"):
+        blob = encoded(first, form, save_all=True, append_images=[second])
+        assert largest_difference(read_picture(blob), first) <= 2, form
+
+
+def test_nothing_is_run_to_draw_a_picture(tmp_path, monkeypatch):
+    """EPS is a program; Pillow has Ghostscript run it."""
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\n: > {tmp_path}/was-run\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)        # looked for once a process
+    with pytest.raises(Fault, match="^broken picture$"):
+        read_picture(encoded(photo(1), "EPS"))
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_endings_are_those_that_pillow_reads():
+    assert {".jfif", ".jpe", ".tga", ".jp2", ".ppm", ".ico", ".psd", ".apng"} <= set(ENDINGS)
+    assert not {".eps", ".ps", ".pdf", ".mpg", ".h5", ".wmf", ".txt", ".json"} & set(ENDINGS)
+
+
+def test_there_is_one_reader_of_pictures():
+    for path in ROOT.rglob("*.py"):
+        if path.parent != ROOT / "tests" and path != ROOT / "kit" / "images.py":
+            assert "Image.open" not in path.read_text(), path
+
+
 def test_transparency_is_laid_on_white():
     clear = photo(1, 48, 32).convert("RGBA")
     clear.putalpha(0)
@@ -97,8 +228,10 @@ def test_a_picture_is_upright_as_viewers_show_it():
     for orientation, expected in shown.items():
         exif = Image.Exif()
         exif[ORIENTATION] = orientation
+        for form in ("PNG", "TIFF", "JPEG", "WEBP"):
+            blob = encoded(plain, form, exif=exif)
+            assert picture_size(blob) == read_picture(blob).size == expected.size, orientation
         found = read_picture(encoded(plain, exif=exif))
-        assert found.size == expected.size, orientation
         assert largest_difference(found, expected) == 0, orientation
 
 
@@ -126,6 +259,13 @@ def test_a_crop_is_of_what_one_sees():
     assert found.size == (200, 300)
     upright = read_picture(blob).resize((200, 300), Image.LANCZOS)
     assert np.abs(np.asarray(found, int) - np.asarray(upright, int)).mean() < 3
+
+
+def test_broken_exif_does_not_break_a_picture():
+    for form in ("JPEG", "PNG", "WEBP"):
+        for torn in (b"Exif\0\0II", b"Exif\0\0II+\0\x08\0\0\0\1\0"):
+            blob = encoded(photo(1, 64, 48), form, exif=torn)
+            assert read_picture(blob).size == picture_size(blob) == (64, 48)
 
 
 @pytest.mark.parametrize("blob", [

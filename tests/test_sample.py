@@ -288,6 +288,38 @@ def test_image_to_image_starts_from_the_picture(pipeline):
         assert difference(states[0], expected) < 1e-5
 
 
+def test_the_start_keeps_its_proportions_and_what_is_clear_is_white(pipeline):
+    """A wide picture's middle is taken, not all of it squashed: the same as of that middle."""
+    wide = draw(sample_scene(0, 0, 5, 64, 128)[0], 64, 128)
+    middle = wide.crop((32, 0, 96, 64))
+    clear = middle.convert("RGBA")
+    clear.putalpha(0)
+
+    def from_start(start):
+        (picture,) = sample.generate("a red circle", pipeline, height=64, width=64, steps=4,
+                                     guidance=1.0, images=[start], strength=0.25)
+        return np.asarray(picture)
+
+    assert (from_start(wide) == from_start(middle)).all()
+    assert (from_start(clear) == from_start(Image.new("RGB", (64, 64), "white"))).all()
+
+
+def test_the_start_is_read_as_training_reads_pictures(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                               # held upright, stored on its side
+    scene = draw(sample_scene(0, 0, 5, 64, 128)[0], 64, 128)
+    scene.save(tmp_path / "phone.png", exif=exif)
+    expected = scene.transpose(Image.Transpose.ROTATE_270)
+    assert (np.asarray(sample.open_start(tmp_path / "phone.png")) == np.asarray(expected)).all()
+
+    scene.putalpha(0)
+    scene.save(tmp_path / "clear.png")
+    assert (np.asarray(sample.open_start(tmp_path / "clear.png")) == 255).all()
+    (tmp_path / "torn.png").write_bytes((tmp_path / "clear.png").read_bytes()[:60])
+    with pytest.raises(LensError, match="cannot read --image .*torn.png: broken picture"):
+        sample.open_start(tmp_path / "torn.png")
+
+
 @pytest.mark.parametrize("strength", [1.5, 0.0])
 def test_a_strength_that_is_no_share_is_refused(strength, pipeline):
     start = Image.new("RGB", (64, 64))
