@@ -19,7 +19,6 @@ batches comes from (seed, epoch) and the batch size.
 import argparse
 import contextlib
 import functools
-import glob
 import hashlib
 import itertools
 import json
@@ -47,6 +46,8 @@ from kit.files import (
     error_context,
     file_hash,
     first_few,
+    lines_of,
+    one_form,
     positive,
     read_text,
     replace_file,
@@ -54,10 +55,18 @@ from kit.files import (
     run_command,
     write_text,
 )
-from kit.images import ENDINGS, Fault, contact_sheet, read_picture, save_png, to_images
+from kit.images import (
+    ENDINGS,
+    Fault,
+    contact_sheet,
+    picture_size,
+    read_picture,
+    save_png,
+    to_images,
+)
 from kit.pack import CLASSIFIED, LIMITS, Classifier, pack
 from kit.run import ignore_sigterm
-from kit.tars import Part, fill_tar, read, tar_parts
+from kit.tars import Part, fill_tar, find_files, read, tar_parts
 from kit.tars import words_of as captions_and_notes
 
 # --- Sizes ----------------------------------------------------------------------------------------
@@ -254,13 +263,17 @@ COLUMNS = np.dtype([
 ])
 
 
+# Of the rules by which an index is made. Where they change, this does, and old ones are made again.
+INDEX_VERSION = 2
+
+
 def index(path):
     """(rows, faults) of a tar. A row holds all COLUMNS but the first. faults: {name: count}.
 
     Kept beside it in NAME.tar.index.json, and made again when the tar's size or date is another.
     """
     kept = Path(f"{path}.index.json")
-    state = [os.path.getsize(path), os.stat(path).st_mtime_ns]
+    state = [INDEX_VERSION, os.path.getsize(path), os.stat(path).st_mtime_ns]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         stored = json.loads(kept.read_text())
         if stored["state"] == state:
@@ -295,6 +308,11 @@ def index_sample(parts):
     height, width = notes.get("height"), notes.get("width")
     if not (is_side(height) and is_side(width)):
         width, height = read_picture(read(parts[ending])).size
+    elif ending != LATENT:
+        # The picture is trusted, not the note, which may be of one that was stored on its side or
+        # was larger. A broken header changes nothing here: it is found where the picture is read.
+        with contextlib.suppress(Fault):
+            width, height = picture_size(read(parts[ending]))
 
     row = {"height": height, "width": width}
     for name, member in (("picture", ending), ("json", ".json"), ("txt", ".txt")):
@@ -318,7 +336,7 @@ class Reading(NamedTuple):
 class Shards:
     """Tar shards as a data set: shards[planned batch] -> Reading.
 
-    pattern   of the tars' paths
+    pattern   of the tars' paths, see kit.tars.find_files
     sizes     [(height, width)] of the buckets; kept in order of area
     seed      of crops and captions
     vae_hash  kit.checkpoint.vae_identity of the autoencoder that is used, to know stale latents by;
@@ -334,7 +352,7 @@ class Shards:
     """
 
     def __init__(self, pattern, sizes, seed=0, vae_hash=None):
-        self.paths = sorted(glob.glob(str(pattern)))
+        self.paths = find_files(pattern)
         self.sizes = sorted(sizes, key=lambda size: size[0] * size[1])
         self.seed = seed
         self.vae_hash = vae_hash
@@ -523,14 +541,14 @@ class CaptionSource:
 
 def read_captions(path):
     """[str] of a file: plain lines, or JSON lines (.json, .jsonl) with a `prompt` field each."""
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
+    lines = lines_of(read_text(path))
     if str(path).endswith((".json", ".jsonl")):
         with error_context(f"cannot read captions from {path}"):
             lines = [json.loads(line)["prompt"] for line in lines]
     require(lines, f"{path}: no captions in the file")
     require(all(isinstance(line, str) and line.strip() for line in lines),
             f"{path}: an empty caption in the file")
-    return lines
+    return [one_form(line) for line in lines]
 
 
 # --- Caching: pictures encoded once ---------------------------------------------------------------
@@ -550,6 +568,9 @@ def cache(pattern, sizes, weights, out):
     twice = [name for name, count in names.items() if count > 1]
     require(not twice, f"--data {pattern}: two tars are named {first_few(twice)}, and would be "
             "written over each other; cache each folder by itself")
+    others = {path.name for path in Path(out).glob("*.tar")} - names.keys()
+    require(not others, f"--out {out}: holds {first_few(others)}, not among --data; they would be "
+                        "trained on with the others: remove them, or give another folder")
     check_writable(out)
 
     fresh = 0
@@ -557,7 +578,7 @@ def cache(pattern, sizes, weights, out):
     for number, path in enumerate(tqdm(shards.paths, "caching", unit="shard")):
         target = Path(out) / Path(path).name
         # What the latents depend on. Sizes as lists, as JSON gives them back.
-        key = [file_hash(path), vae_hash, *map(list, shards.sizes), "centre"]
+        key = [file_hash(path), vae_hash, *map(list, shards.sizes), "centre, colours of sRGB"]
         if cached_key(target) == key:
             fresh += 1
             continue
@@ -572,6 +593,8 @@ def cache(pattern, sizes, weights, out):
         print(f"left out: {fault}", file=sys.stderr)
     print(f"{out}: {fresh} of {len(shards.paths)} shards were fresh, the others are written; "
           f"{len(faults)} pictures could not be read")
+    print(f"next: python train.py --data '{out}/*.tar' (the rest as in README.md, Your own "
+          "pictures), with the same autoencoder")
 
 
 def cached_key(path):
@@ -649,6 +672,9 @@ def stats(pattern, sizes, out):
     for fault in faults:
         print(fault)
     save_png(contact_sheet(shown, columns=6), out)
+    what = f"{len(shown)} of the pictures as training sees them" if shown else "empty, of latents"
+    print(f"{out}: {what}\nnext: python train.py --data '{pattern}' (the rest as in README.md, "
+          "Your own pictures)")
 
 
 def thumbnail(pixels):
@@ -693,8 +719,8 @@ def build_parser():
 
     of_pack = parser.add_argument_group("pack")
     of_pack.add_argument("--images", metavar="DIR",
-                         help="pictures, with captions in .txt or .json beside them or in .jsonl "
-                              "with file_name; tars of such too")
+                         help="pictures, with captions in .txt, .caption or .json beside them or "
+                              "in .jsonl with file_name; tars of such too (docs/formats.md)")
     of_pack.add_argument("--limit", action="append", default=[], type=limit_option,
                          metavar="NAME=VALUE",
                          help="of a filter, which leaves a picture out where " +
@@ -713,7 +739,8 @@ def build_parser():
                          help="size of a tar (default %(default)s)")
 
     of_others = parser.add_argument_group("stats, cache")
-    of_others.add_argument("--data", metavar="GLOB", help="the shards, say 'shards/*.tar'")
+    of_others.add_argument("--data", metavar="GLOB",
+                           help="the shards, say 'shards/*.tar', or their folder")
     # argparse gives a default that is text to the type, as it does with what the user types.
     of_others.add_argument("--bases", type=bases_option, default="512,768,1024", metavar="N,N",
                            help="areas of the buckets: those of the stage that you will train "

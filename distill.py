@@ -36,7 +36,6 @@ and steps (`SETTINGS`), and its student's rate falls to zero over the last half 
 import argparse
 import copy
 import functools
-import glob
 import json
 import math
 import os
@@ -97,6 +96,7 @@ from kit.state import (
     load_state,
     save_state,
 )
+from kit.tars import find_files
 from toy.checker import held_out
 from toy.dataset import World
 from toy.world import TASKS
@@ -798,10 +798,11 @@ def open_source(run, stage, output, pattern):
     vae, encoder = output.vae, output.encoder
     if pattern is None:
         return World(stage, run.seed, vae, encoder, run.out / "world.safetensors", run.device)
-    if pattern.endswith(".tar"):
+    if all(path.endswith(".tar") for path in find_files(pattern)):
         return data.ShardSource(pattern, stage.sizes(), run.seed, vae, encoder, run.device,
                                 workers=4, vae_hash=vae_identity(output.folder), say=run.say)
-    return data.CaptionSource(pattern, stage.sizes(), encoder)
+    (path,) = find_files(pattern)
+    return data.CaptionSource(path, stage.sizes(), encoder)
 
 
 def distill(run, size, teacher, settings, same, schedule, pattern=None, lora=0, fsdp=False,
@@ -938,10 +939,14 @@ def check_data(size, pattern, without):
         require(size in ("nano", "toy"), f"--size {size}: name shards or captions with --data; "
                 "the toy world is for --size toy or nano")
         return
-    require(glob.glob(pattern), f"--data {pattern}: no file matches")
-    require(pattern.endswith(".tar") or "gan" in without,
+    paths = find_files(pattern)
+    require(paths, f"--data {pattern}: no file matches")
+    if all(path.endswith(".tar") for path in paths):
+        return
+    require("gan" in without,
             f"--data {pattern}: captions alone suffice with --without gan only; "
             "the discriminator needs real pictures, in tar shards of `data.py pack`")
+    require(len(paths) == 1, f"--data {pattern}: more than one file of captions; give one")
 
 
 def main(argv=None):

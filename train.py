@@ -29,7 +29,6 @@ head on an early block must tell the shape, the colour and the pose of what cove
 import argparse
 import copy
 import functools
-import glob
 import json
 import math
 import os
@@ -96,6 +95,7 @@ from kit.state import (
     load_state,
     save_state,
 )
+from kit.tars import find_files
 from toy.checker import held_out
 from toy.dataset import World, label_head, label_loss
 from toy.world import SHAPES
@@ -991,7 +991,7 @@ def main(argv=None):
         for number, stage in stages.items():
             batch = tuple(pictures[area] for area in stage.areas)
             stages[number] = replace(stage, batch=batch)
-    require(args.data is None or glob.glob(args.data), f"--data {args.data}: no file matches")
+    require(args.data is None or find_files(args.data), f"--data {args.data}: no file matches")
     require(args.data or args.size in TOY_SIZES,
             f"--size {args.size}: name the shards to train on with --data (`data.py pack` makes "
             "them); the toy world is for --size toy or nano")

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +17,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from kit.chat import chat_about
-from kit.files import error_context, require, write_json, write_text
+from kit.files import (
+    LensError,
+    check_writable,
+    decode_text,
+    error_context,
+    lines_of,
+    one_form,
+    paths_below,
+    require,
+    write_json,
+    write_text,
+)
 from kit.images import ENDINGS, Fault, read_picture
-from kit.tars import Part, read, tar_parts, words_of, write_shards
+from kit.tars import Part, add_part, read, tar_members, words_of, write_shards
 
 # --- Which pictures are left out ------------------------------------------------------------------
 
@@ -29,7 +40,7 @@ class Limit(NamedTuple):
     value: float
 
     def excludes(self, score):
-        if not isinstance(score, (int, float)):
+        if score is None:
             return False
         return score < self.value if self.sense == "<" else score > self.value
 
@@ -87,8 +98,9 @@ def measure(image):
 
 
 def near_duplicates(vectors, limit, chunk=2048):
-    """[n] bool: which unit vectors [n, d] have a cosine above the limit with an earlier one."""
-    found = np.zeros(len(vectors), bool)
+    """[n] int: for each of n unit vectors [n, d] an earlier one with which it has a cosine above
+    the limit; -1 where there is none."""
+    found = np.full(len(vectors), -1)
     vectors = torch.as_tensor(np.array(vectors))
 
     # In chunks: the n^2 cosines never stand in memory together.
@@ -97,7 +109,9 @@ def near_duplicates(vectors, limit, chunk=2048):
             close = vectors[a:a + chunk] @ vectors[b:b + chunk].T > limit     # [chunk, chunk]
             if a == b:
                 close = close.tril(-1)             # with earlier ones only
-            found[a:a + chunk] |= close.any(1).numpy()
+            earlier = b + close.int().argmax(1).numpy()               # the first of them
+            first_met = close.any(1).numpy() & (found[a:a + chunk] < 0)
+            found[a:a + chunk][first_met] = earlier[first_met]
     return found
 
 
@@ -114,50 +128,117 @@ class Candidate:
     vector: np.ndarray        # [768], see `measure`
 
 
-def gather(folder, faults):
-    """[(key, {ending: Part}, row)] of all below a folder: files that share a stem, members of tars.
-    row: {name: value} of the JSON line whose `file_name` is the picture, or None."""
-    samples = {}
-    rows = {}
-    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
-        name = path.relative_to(folder)
-        stem = str(name.with_suffix(""))
-        ending = path.suffix.lower()
+# What `skipped` counts where a name has no file: a link whose target is gone, a socket.
+NO_FILE = "no file, or a link to none"
 
+
+def gather(folder, out, faults, skipped):
+    """What lies below a folder; a tar is read as if it were a folder.
+
+    out      left out where it lies below the folder: it is what we write ourselves
+    faults   a Counter, gets what is wrong;  skipped: one of the endings that nobody reads
+    Returns samples, table.
+    samples  [(key, {ending: Part}, row)]: files that share a stem, one of them a picture.
+             row: {name: value} of the JSON line whose `file_name` is the picture, or None
+    table    [(what, files that it leaves)], from all files down to the samples
+    """
+    samples, rows = {}, {}
+    files, words, doubles = 0, 0, 0
+    tars = []
+    for name, part in files_below(folder, out, tars, faults, skipped):
+        files += 1
+        ending = name.suffix.lower()
+        parts = samples.setdefault(one_form(str(name.with_suffix(""))), {})
         if ending == ".jsonl":
-            rows.update(folder_rows(path, name.parent, faults))
-        elif ending == ".tar":
-            for key, parts in tar_parts(path, faults).items():
-                samples[f"{stem}/{key}"] = parts
-        elif ending in (*ENDINGS, ".txt", ".json"):
-            parts = samples.setdefault(stem, {})
-            if ending in ENDINGS and any(e in parts for e in ENDINGS):
+            words += 1
+            rows.update(folder_rows(part, name.parent, faults))
+        elif ending in (".txt", ".caption", ".json"):
+            words += 1
+            add_part(parts, ending, part, faults)
+        elif ending in ENDINGS:
+            if picture_ending(parts):
+                doubles += 1
                 faults["duplicate key"] += 1
-            parts.setdefault(ending, Part(str(path)))
-    return [(key, parts, rows.get(key)) for key, parts in samples.items()]
+            parts.setdefault(ending, part)
+        else:
+            skipped[ending or "no ending"] += 1
+
+    for key, parts in samples.items():
+        if parts and not picture_ending(parts):
+            faults["no picture"] += 1
+            tqdm.write(f"{key}: no picture")
+    samples = {key: parts for key, parts in samples.items() if picture_ending(parts)}
+    lost_rows = len(rows.keys() - samples.keys())
+    if lost_rows:
+        faults["JSON line without its picture"] = lost_rows
+
+    not_files = faults["hostile path in a tar"] + faults["link or device in a tar"]
+    left = files + len(tars) + not_files + skipped[NO_FILE]
+    table = [("files, those in tars too", left)]
+    for what, count in (("captions and notes", words), ("tars", len(tars)),
+                        ("links and hostile names in tars", not_files),
+                        ("skipped for their ending", skipped.total()),
+                        ("second picture of a name", doubles)):
+        left -= count
+        if count:
+            table.append((what, left))
+    return [(key, parts, rows.get(key)) for key, parts in samples.items()], table
 
 
-def folder_rows(path, parent, faults):
+def files_below(folder, out, tars, faults, skipped):
+    """Yields (name, Part) of every file below a folder and in its tars, whose paths go to `tars`.
+    The name begins at the folder, or with the tar's."""
+    def unreadable(error):
+        faults["unreadable folder"] += 1
+        tqdm.write(f"{error.filename}: unreadable folder")
+
+    leave_out = None if out.resolve() == folder.resolve() else out
+    for path in paths_below(folder, leave_out, unreadable):
+        name = PurePosixPath(path.relative_to(folder))
+        if not path.is_file():
+            skipped[NO_FILE] += 1
+        elif name.suffix.lower() != ".tar":
+            yield name, Part(str(path))
+        else:
+            tars.append(path)
+            try:
+                for member, part in tar_members(path, faults):
+                    yield name.with_suffix("") / member, part
+            except OSError:
+                faults["unreadable file"] += 1
+                tqdm.write(f"{path}: unreadable file")
+
+
+def picture_ending(parts):
+    """Which of a sample's files is its picture; None where it has none."""
+    return next((ending for ending in ENDINGS if ending in parts), None)
+
+
+def folder_rows(part, parent, faults):
     """{key: row} of a file of JSON lines. parent: the folder that its file names start from."""
     rows = {}
-    for line in path.read_bytes().splitlines():
+    try:
+        lines = lines_of(decode_text(read(part)))
+    except (UnicodeError, OSError) as error:
+        unread = isinstance(error, OSError)
+        faults["unreadable file" if unread else "caption is not UTF-8"] += 1
+        return rows
+    for line in lines:
         try:
             row = json.loads(line)
             key = (parent / row["file_name"]).with_suffix("")
         except (ValueError, KeyError, TypeError, RecursionError):
             faults["broken JSON line"] += 1
         else:
-            rows[str(key)] = row
+            rows[one_form(str(key))] = row
     return rows
 
 
 def examine(sample):
     """(key, parts, row) of `gather` -> (key, Candidate or None, fault or None), in a worker."""
     key, parts, row = sample
+    ending = picture_ending(parts)
     try:
-        ending = next((e for e in ENDINGS if e in parts), None)
-        if ending is None:
-            raise Fault("no picture")
         captions, notes = words_of(parts, row)
         image = read_picture(read(parts[ending]))
     except Fault as fault:
@@ -170,8 +251,10 @@ def examine(sample):
     return key, Candidate(key, parts[ending], ending, captions, notes, vector), None
 
 
-def examine_all(samples, faults):
-    """[Candidate] of those that can be used; the others are named, and counted in `faults`."""
+def examine_all(samples):
+    """[Candidate] of those that can be used, and a Counter of why the others cannot, which are
+    named."""
+    faults = Counter()
     candidates = []
     with ProcessPoolExecutor() as pool:
         examined = pool.map(examine, samples, chunksize=8)
@@ -181,7 +264,7 @@ def examine_all(samples, faults):
                 tqdm.write(f"{key}: {fault}")
             else:
                 candidates.append(candidate)
-    return candidates
+    return candidates, faults
 
 
 class Classifier(NamedTuple):
@@ -208,13 +291,54 @@ def classify(candidates, name, classifier):
         candidate.notes[name] = scores[classifier.label]
 
 
-def apply_filter(candidates, name, limit):
-    """The candidates that one filter leaves in."""
+def score_of(candidate, name, faults):
+    """A filter's score as a number; None where there is none. What is none, such as "UNLIKELY", is
+    counted."""
+    score = candidate.notes.get(name)
+    if score is None:
+        return None
+    try:
+        number = float(score)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        faults[f"{name} score that is no number"] += 1
+        return None
+    return number
+
+
+def apply_filter(candidates, name, limit, faults):
+    """What one filter leaves in, and why it took the others.
+
+    -> [Candidate], pairs, hints
+    pairs  [(key, key of what it nearly equals)] of duplicates, else []
+    hints  {its name: how to set it} of a filter that took more than half, else {}
+    """
+    pairs = []
     if name == "duplicate":
-        excluded = near_duplicates([c.vector for c in candidates], limit.value)
+        earlier = near_duplicates([c.vector for c in candidates], limit.value)
+        excluded = earlier >= 0
+        pairs = [(candidates[i].key, candidates[earlier[i]].key) for i in np.flatnonzero(excluded)]
     else:
-        excluded = [limit.excludes(c.notes.get(name)) for c in candidates]
-    return [c for c, out in zip(candidates, excluded, strict=True) if not out]
+        scores = [score_of(c, name, faults) for c in candidates]
+        excluded = [limit.excludes(score) for score in scores]
+
+    hints = {}
+    count = sum(excluded)
+    if 2 * count > len(candidates):
+        hint = f"'{name} {limit}' takes {count} of {len(candidates)} pictures"
+        if name == "duplicate":
+            hint += "; --limit duplicate=1.1 keeps them"
+        else:
+            taken = [score for score, out in zip(scores, excluded) if out]
+            # To two digits behind the point, on the side where none of them is left out.
+            value = math.floor(100 * min(taken)) / 100
+            if limit.sense == ">":
+                value = math.ceil(100 * max(taken)) / 100
+            hint += (f", which score {min(taken):.3g} to {max(taken):.3g}; "
+                     f"--limit {name}={value:.12g} keeps them")
+        hints[name] = hint
+    return [c for c, out in zip(candidates, excluded) if not out], pairs, hints
 
 
 # What a vision-language model is asked for; dense captions train better than brief ones. [paper]
@@ -242,38 +366,81 @@ def is_brief(candidate, min_words):
 
 
 def pack(images, out, limits, classifiers, endpoint=None, min_words=1, shard_mb=256):
-    """A folder of pictures with captions -> tar shards, cleaned in the paper's order; every loss is
-    counted in a table, which is printed and kept in out/pack.json.
+    """A folder of pictures with captions -> tar shards, cleaned in the paper's order; every file is
+    counted in a table, which is printed and kept in out/pack.json. Where nothing is left, `out`
+    stays as it was, and LensError says what took most.
 
     limits  {filter: Limit}, all of LIMITS        classifiers  {filter: Classifier}
     endpoint  kit.chat.Endpoint that writes captions which are missing or brief; None: nobody does
     min_words  of a caption, or it is brief       shard_mb  size of a tar
     """
+    images = Path(images).expanduser()
     clear_unfinished(out)
-    faults = Counter()
-    samples = gather(images, faults)
-    require(samples, f"--images {images}: no pictures there")
-    write_text(out / UNFINISHED, "")
+    faults, skipped = Counter(), Counter()
+    samples, table = gather(images, out, faults, skipped)
+    require(samples, f"--images {images}: no pictures there{no_pictures_hint(images, skipped)}")
+    check_writable(out)
 
-    table = [("read", len(samples))]
-    kept = examine_all(samples, faults)
-    table.append(("broken, one way or another", len(kept)))
+    kept, unusable = examine_all(samples)
+    table.append(("unusable", len(kept)))
+    usable = kept
+    hints, pairs = {}, []
+    if 2 * unusable.total() > len(samples):
+        hints["unusable"] = (f"{unusable.total()} of {len(samples)} pictures cannot be used "
+                             f"({in_numbers(unusable)})")
 
     for name, limit in limits.items():
         if name in classifiers:                    # scores only what earlier filters left
             classify(kept, name, classifiers[name])
-        kept = apply_filter(kept, name, limit)
+        kept, its_pairs, its_hints = apply_filter(kept, name, limit, faults)
         table.append((f"{name} {limit}", len(kept)))
+        pairs += its_pairs
+        hints.update(its_hints)
 
     if endpoint:
         write_captions([c for c in kept if is_brief(c, min_words)], endpoint, faults)
-    kept = [c for c in kept if not is_brief(c, min_words)]
-    table.append((f"no caption of {min_words} words", len(kept)))
+    told = [c for c in kept if not is_brief(c, min_words)]
+    table.append((f"no caption of {min_words} words", len(told)))
+    if 2 * len(told) < len(kept):
+        hints["captions"] = (
+            f"{len(kept) - len(told)} of {len(kept)} pictures have no caption of {min_words} "
+            "words; put one beside each (photo.txt for photo.jpg), or have --endpoint write them")
 
-    write_shards(map(packed, kept), out, shard_mb)
-    print_table(table, faults)
-    write_json(out / FINISHED, {"table": table, "faults": faults})
+    print_table(table, skipped, unusable, faults, pairs)
+    if not told:
+        if not any(out.iterdir()):
+            out.rmdir()
+        # Each filter on all pictures: those after one that took everything have said nothing yet.
+        for name, limit in limits.items():
+            hints.update(apply_filter(usable, name, limit, Counter())[2])
+        raise LensError(f"--images {images}: no picture is left: {'; '.join(hints.values())}")
+    for hint in hints.values():
+        print(f"note: {hint}")
+
+    write_text(out / UNFINISHED, "")
+    write_shards(map(packed, told), out, shard_mb)
+    write_json(out / FINISHED, {"table": table, "faults": faults + unusable, "skipped": skipped,
+                                "duplicates": pairs})
     (out / UNFINISHED).unlink()
+
+    tars = list(out.glob("*.tar"))
+    size = sum(tar.stat().st_size for tar in tars) / 2**20
+    print(f"{out}: {len(told)} pictures in {len(tars)} tars, {size:,.1f} MB; the table is in "
+          f"{out / FINISHED}\nnext: python data.py stats --data '{out}/*.tar'")
+
+
+def no_pictures_hint(images, skipped):
+    """What may be wrong where a folder has no pictures: text that goes on with the sentence."""
+    if images.is_file():
+        return "; it is a file: give the folder that it lies in"
+    if skipped:
+        return f" (skipped for their ending: {in_numbers(skipped)})"
+    return ""
+
+
+def in_numbers(counter):
+    """"3 .heic, 1 .mov", the most frequent first."""
+    return ", ".join(f"{count} {name}" for name, count in counter.most_common())
 
 
 def packed(candidate):
@@ -282,14 +449,28 @@ def packed(candidate):
     return read(candidate.picture), candidate.ending, notes
 
 
-def print_table(table, faults):
-    """How many pictures each filter took, and how many it left."""
-    before = table[0][1]
-    for name, count in table:
-        print(f"{name:30} {count - before:8} {count:10}")
-        before = count
-    for name, count in sorted(faults.items()):
-        print(f"    {name:26} {count:8}")
+def print_table(table, skipped, unusable, faults, pairs):
+    """How many files each step took and how many it left: what is taken adds up to what was there.
+    Below it, the same in parts; faults of what is no picture; a few pairs of near duplicates."""
+    print(f"\n{'':34} {'taken':>8} {'left':>10}")
+    name, before = table[0]
+    print(f"{name:34} {'':8} {before:10}")
+    for name, left in table[1:]:
+        print(f"{name:34} {before - left:8} {left:10}")
+        before = left
+
+    for title, counter in (("skipped for their ending", skipped), ("unusable", unusable),
+                           ("also met", faults)):
+        if counter:
+            print(f"{title}:")
+        for name, count in sorted(counter.items()):
+            print(f"    {name:30} {count:8}")
+
+    if pairs:
+        print(f"near duplicates, {min(len(pairs), 5)} of {len(pairs)} pairs:")
+    for key, earlier in pairs[:5]:
+        print(f"    {key} is like {earlier}")
+    print()
 
 
 # A packing that is killed leaves tars behind. The next may write fewer, and those with higher
@@ -311,3 +492,4 @@ def clear_unfinished(out):
         for path in list(out.iterdir()):
             if PACKED_FILE.fullmatch(path.name):
                 path.unlink()
+        (out / UNFINISHED).unlink()

@@ -5,9 +5,10 @@ Read before: kit/files.py, kit/images.py.
     00000.tar    000000000.jpg, 000000000.json, 000000001.png, 000000001.json, ...
 
 A sample is all members that share a name up to the first dot: a picture (or a latent) and its
-captions, in .json or .txt.
+captions, in .txt, .caption or .json.
 """
 import functools
+import glob
 import io
 import itertools
 import json
@@ -17,11 +18,31 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from kit.files import replace_file
+from kit.files import decode_text, one_form, paths_below, replace_file, require
 from kit.images import Fault
 
 # --- Reading --------------------------------------------------------------------------------------
 # Others made them: nothing in them is trusted, every fault has a name and is counted.
+
+def find_files(pattern):
+    """Paths of the files that --data names, in order, each once. "~" is the home folder, "**/" any
+    number of folders; a folder stands for the tars in it. LensError where it has none."""
+    pattern = os.path.expanduser(str(pattern))
+    if os.path.isdir(pattern):
+        paths = glob.glob(os.path.join(glob.escape(pattern), "*.tar"))
+        require(paths, f"--data {pattern}: a folder without tars; pictures become tars by "
+                       f"`python data.py pack --images {pattern} --out shards`")
+    elif os.path.isfile(pattern):                  # also one whose name holds [ or *
+        paths = [pattern]
+    elif "**/" in pattern:
+        # Not by glob's own "**": it goes round and round where a link leads back.
+        head, tail = pattern.split("**/", 1)
+        folders = glob.glob(head) if head else ["."]
+        paths = [path for folder in folders for path in paths_below(folder) if path.match(tail)]
+    else:
+        paths = glob.glob(pattern)
+    return sorted({str(path) for path in paths if os.path.isfile(path)})
+
 
 class Part(NamedTuple):
     """A file, or a member of a tar."""
@@ -38,12 +59,23 @@ def read(part):
 
 
 def tar_parts(path, faults):
-    """{key: {ending: Part}} of a tar in WebDataset's layout.
-
-    It is never unpacked: a member's name is only ever a key. Hostile names, links, names that come
-    twice and a torn end are counted in `faults`, a Counter, and left out.
-    """
+    """{key: {ending: Part}} of a tar in WebDataset's layout. What is left out, see `tar_members`,
+    is counted in `faults`, a Counter; so are names that come twice."""
     samples = {}
+    for name, part in tar_members(path, faults):
+        # WebDataset: the key ends at the first dot.
+        stem, _, ending = name.name.partition(".")
+        parts = samples.setdefault(str(name.parent / stem), {})
+        add_part(parts, f".{ending.lower()}", part, faults)
+    return samples
+
+
+def tar_members(path, faults):
+    """Yields (PurePosixPath, Part) of a tar's files.
+
+    It is never unpacked: a member's name is only ever a key. Hostile names, links and a torn end
+    are counted in `faults`, a Counter, and left out.
+    """
     end = os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:
@@ -58,19 +90,15 @@ def tar_parts(path, faults):
                 elif member.offset_data + member.size > end:
                     raise EOFError
                 else:
-                    part = Part(str(path), member.offset_data, member.size)
-                    add_member(samples, name, part, faults)
+                    yield name, Part(str(path), member.offset_data, member.size)
     except (tarfile.TarError, EOFError, ValueError):
         faults["torn or unreadable tar"] += 1
-    return samples
 
 
-def add_member(samples, name, part, faults):
-    """Puts a tar's member among the parts of its sample."""
-    # WebDataset: the key ends at the first dot.
-    stem, _, ending = name.name.partition(".")
-    ending = "." + ending.lower()
-    parts = samples.setdefault(str(name.parent / stem), {})
+def add_part(parts, ending, part, faults):
+    """Puts a file among the parts of its sample, {ending: Part}. Captions are under ".txt"."""
+    if ending == ".caption":                       # kohya's tools write them so
+        ending = ".txt"
     if ending in parts:
         faults["duplicate key"] += 1
     else:
@@ -86,17 +114,19 @@ def words_of(parts, row=None):
     try:
         notes = dict(row or {})
         if ".json" in parts:
-            stored = json.loads(read(parts[".json"]).decode("utf-8"))
+            stored = json.loads(decode_text(read(parts[".json"])))
             notes = {**notes, **stored}            # TypeError where it is no object
 
         if ".txt" in parts:
-            captions = read(parts[".txt"]).decode("utf-8")
+            captions = decode_text(read(parts[".txt"]))
         else:
             captions = notes.get("captions") or notes.get("caption") or notes.get("text") or []
         if isinstance(captions, str):
             captions = [captions]
-        captions = [" ".join(caption.split()) for caption in captions]
-    except UnicodeDecodeError:
+        elif isinstance(captions, dict):           # {"short": "...", "long": "..."}
+            captions = captions.values()
+        captions = [one_form(" ".join(caption.split())) for caption in captions if caption]
+    except UnicodeError:
         raise Fault("caption is not UTF-8") from None
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise Fault("broken JSON") from None

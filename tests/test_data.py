@@ -1,5 +1,6 @@
 """Sizes are the paper's, every bad file is counted, and an epoch is exact."""
 import json
+import math
 import subprocess
 import sys
 import types
@@ -219,7 +220,8 @@ def write_bad_files(folder):
         write(f"{name}.png", encoded(photo(116)), None)
         (folder / f"{name}.json").write_text(content)
 
-    # broken JSON line: 3; no picture: 1; duplicate key: 1, and 2 in a tar
+    # broken JSON line: 3; no picture: 1; duplicate key: 1, and 2 in a tar. The torn tar has one
+    # whole picture, y; the one that is no tar has none.
     lines = ['{"file_name": "blank_caption.png"}', "{torn", '{"file": 1}', "[" * 100_000]
     (folder / "rows.jsonl").write_text("\n".join(lines))
     (folder / "lonely.txt").write_text("words without a picture")
@@ -269,8 +271,16 @@ def test_every_kind_of_bad_file_is_counted_exactly(tmp_path, capsys):
     names, counts = zip(*report["table"], strict=True)
     lost = {name.split()[0]: before - after
             for name, before, after in zip(names[1:], counts, counts[1:], strict=False)}
-    assert lost == {"broken,": 17, "area": 1, "nsfw": 0, "aesthetic": 0, "watermark": 0, "blur": 1,
+    members_of_tars = 7 + 2
+    on_disk = len(list((tmp_path / "in").iterdir()))
+    assert counts[0] == on_disk + members_of_tars
+    words = [path for path in (tmp_path / "in").iterdir()
+             if path.suffix in (".txt", ".json", ".jsonl")]
+    assert lost == {"captions": len(words) + 3, "tars": 3, "links": 3, "second": 2, "unusable": 16,
+                    "area": 1, "nsfw": 0, "aesthetic": 0, "watermark": 0, "blur": 1,
                     "entropy": 1, "dark": 1, "bright": 0, "duplicate": 1, "no": 2}
+    assert counts[0] - sum(lost.values()) == counts[-1]
+    assert report["duplicates"] == [["same_as_good1", "good1"]]
 
     # The good ones, those with odd endings, and those of the tars are all there.
     shards = data.Shards(tmp_path / "out" / "*.tar", SIZES)
@@ -284,14 +294,16 @@ def test_every_kind_of_bad_file_is_counted_exactly(tmp_path, capsys):
 def test_scores_come_from_the_metadata_and_what_is_no_number_is_no_score(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
-    for i, score in enumerate((0.4, 0.6, None, "high", 1)):
+    for i, score in enumerate((0.4, 0.6, None, "UNLIKELY", 1, "0.9", math.inf, [0.9], True)):
         photo(i).save(folder / f"{i}.png")
         notes = {"caption": f"picture {i}", "nsfw": score}
         (folder / f"{i}.json").write_text(json.dumps(notes))
     pack(folder, tmp_path / "out", *LOOSE)
     shards = data.Shards(tmp_path / "out" / "*.tar", SIZES)
     captions = [words_of(shards.parts(i))[0] for i in range(len(shards.rows))]
-    assert captions == [["picture 0"], ["picture 2"], ["picture 3"]]
+    assert captions == [["picture 0"], ["picture 2"], ["picture 3"], ["picture 6"], ["picture 7"]]
+    report = json.loads((tmp_path / "out" / "pack.json").read_text())
+    assert report["faults"] == {"nsfw score that is no number": 3}
 
 
 def fake_pipeline(task, model, top_k):
