@@ -53,7 +53,8 @@ NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 OF_PILLOW = Image.registered_extensions()          # {ending: name of the format}
 FORMATS = [name for name in Image.OPEN if name not in NO_PIXELS]
 USUAL = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-OTHERS = sorted(ending for ending, name in OF_PILLOW.items() if name in FORMATS)
+# An MPO is a JPEG with further pictures behind the first, and read as a JPEG.
+OTHERS = sorted(ending for ending, name in OF_PILLOW.items() if name in (*FORMATS, "MPO"))
 ENDINGS = tuple(dict.fromkeys((*USUAL, *OTHERS)))
 
 # A file that claims more pixels is refused from its header: unpacked it would take 400 MB and more.

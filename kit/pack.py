@@ -486,10 +486,10 @@ def clear_unfinished(out):
     unfinished = (out / UNFINISHED).exists()
     require(not (out / FINISHED).exists(),
             f"{out} holds finished shards already; give another folder, or remove it first")
-    require(unfinished or not any(out.glob("*.tar")),
-            f"{out} holds tars that no unfinished packing wrote; give another folder")
     if unfinished:
         for path in list(out.iterdir()):
             if PACKED_FILE.fullmatch(path.name):
                 path.unlink()
         (out / UNFINISHED).unlink()
+    require(not any(out.glob("*.tar")),
+            f"{out} holds tars that no unfinished packing wrote; give another folder")

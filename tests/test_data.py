@@ -457,6 +457,13 @@ def test_tars_that_nobody_packed_here_are_never_touched(photos, tmp_path, capsys
     assert "no unfinished packing wrote" in said
     assert [path.name for path in out.iterdir()] == ["00000.tar"]
 
+    # Nor are they mixed with those of a packing after one that was killed.
+    (out / "00000.tar").rename(out / "holiday.tar")
+    (out / "pack.unfinished").write_text("")
+    said = error_line(data.main, ["pack", "--images", str(photos), "--out", str(out)], capsys)
+    assert "no unfinished packing wrote" in said
+    assert [path.name for path in out.iterdir()] == ["holiday.tar"]
+
 
 # --- Shards ---------------------------------------------------------------------------------------
 
