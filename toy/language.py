@@ -30,7 +30,7 @@ import data
 import lens
 from kit.checkpoint import save_pipeline
 from kit.files import Parser, not_negative, positive, require, run_command
-from kit.run import Log, Notice, learning_rate_factor, start_run
+from kit.run import Log, Notice, ignore_sigterm, learning_rate_factor, start_run
 from kit.state import check_same_run, load_state, save_state
 from toy.world import (
     COLORS,
@@ -472,7 +472,7 @@ def train_text(run, settings, folder, size, steps, save_every):
 
     batches = torch.utils.data.DataLoader(
         Sentences(tokenizer, run.seed, BATCH), batch_size=None, sampler=range(step, steps),
-        num_workers=1)
+        num_workers=1, worker_init_fn=ignore_sigterm)
     bar = tqdm(batches, initial=step, total=steps, desc="text encoder", mininterval=2)
     for batch in bar:
         factor = learning_rate_factor(step, steps, WARMUP, DECAY)
