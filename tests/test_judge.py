@@ -63,7 +63,7 @@ def test_rows_of_a_file(tmp_path):
 
 @pytest.mark.parametrize("line, words", [
     ("no JSON", "line 2: not a prompt with rubrics"),
-    ("null", "line 2: not a prompt with rubrics"),
+    ("", "line 2: not a prompt with rubrics"),
     ('{"prompt": "a cat"}', "line 2: not a prompt with rubrics"),
     ('{"prompt": 5, "rubrics": []}', "line 2: not a prompt with rubrics"),
     ('{"prompt": "a cat", "rubrics": [{"name": "cat"}]}', "line 2: not a prompt with rubrics"),
@@ -72,14 +72,6 @@ def test_rows_of_a_file(tmp_path):
 def test_a_line_that_is_no_row_is_named(tmp_path, line, words):
     write_lines(tmp_path / "rows.jsonl", json.dumps(LINE), line)
     with pytest.raises(LensError, match=words):
-        kit_rubrics.read_rows(tmp_path / "rows.jsonl", [(64, 64)])
-
-
-def test_blank_lines_are_passed_over_and_counted(tmp_path):
-    write_lines(tmp_path / "rows.jsonl", json.dumps(LINE), "", json.dumps(LINE), " ")
-    assert len(kit_rubrics.read_rows(tmp_path / "rows.jsonl", [(64, 64)])) == 2
-    write_lines(tmp_path / "rows.jsonl", json.dumps(LINE), "", "no JSON")
-    with pytest.raises(LensError, match="line 3: not a prompt"):
         kit_rubrics.read_rows(tmp_path / "rows.jsonl", [(64, 64)])
 
 
