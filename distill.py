@@ -798,10 +798,11 @@ def open_source(run, stage, output, pattern):
     vae, encoder = output.vae, output.encoder
     if pattern is None:
         return World(stage, run.seed, vae, encoder, run.out / "world.safetensors", run.device)
-    if all(path.endswith(".tar") for path in find_files(pattern)):
+    paths = find_files(pattern)
+    if all(path.endswith(".tar") for path in paths):
         return data.ShardSource(pattern, stage.sizes(), run.seed, vae, encoder, run.device,
                                 workers=4, vae_hash=vae_identity(output.folder), say=run.say)
-    (path,) = find_files(pattern)
+    (path,) = paths
     return data.CaptionSource(path, stage.sizes(), encoder)
 
 
