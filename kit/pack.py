@@ -375,10 +375,13 @@ def pack(images, out, limits, classifiers, endpoint=None, min_words=1, shard_mb=
     min_words  of a caption, or it is brief       shard_mb  size of a tar
     """
     images = Path(images).expanduser()
+    require(not images.is_file(), f"--images {images}: a file; give the folder that it lies in")
+    require(images.is_dir(), f"--images {images}: no such folder, so no pictures there")
     clear_unfinished(out)
     faults, skipped = Counter(), Counter()
     samples, table = gather(images, out, faults, skipped)
-    require(samples, f"--images {images}: no pictures there{no_pictures_hint(images, skipped)}")
+    hint = f" (skipped for their ending: {in_numbers(skipped)})" if skipped else ""
+    require(samples, f"--images {images}: no pictures there{hint}")
     check_writable(out)
 
     kept, unusable = examine_all(samples)
@@ -427,15 +430,6 @@ def pack(images, out, limits, classifiers, endpoint=None, min_words=1, shard_mb=
     size = sum(tar.stat().st_size for tar in tars) / 2**20
     print(f"{out}: {len(told)} pictures in {len(tars)} tars, {size:,.1f} MB; the table is in "
           f"{out / FINISHED}\nnext: python data.py stats --data '{out}/*.tar'")
-
-
-def no_pictures_hint(images, skipped):
-    """What may be wrong where a folder has no pictures: text that goes on with the sentence."""
-    if images.is_file():
-        return "; it is a file: give the folder that it lies in"
-    if skipped:
-        return f" (skipped for their ending: {in_numbers(skipped)})"
-    return ""
 
 
 def in_numbers(counter):

@@ -336,7 +336,7 @@ def test_a_folder_without_pictures_says_what_is_there(folder, tmp_path, capsys, 
     assert re.search(said, error_line(data.main, command, capsys))
     assert not (tmp_path / "out").exists()
     file = ["pack", "--images", str(folder / name), "--out", str(tmp_path / "out")]
-    assert "it is a file: give the folder" in error_line(data.main, file, capsys)
+    assert "a file; give the folder" in error_line(data.main, file, capsys)
 
 
 def test_every_command_ends_with_what_it_wrote_and_what_comes_next(folder, tmp_path, capsys):
