@@ -51,11 +51,11 @@ def read_rows(path, sizes):
     if Path(path).is_file():
         # At "\n" alone: str.splitlines would also split inside a JSON string, at U+2028.
         lines = read_text(path).split("\n")
+        if lines[-1] == "":                        # after the end of the last line
+            lines.pop()
 
     rows = []
     for n, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         with error_context(f"--data {path}, line {n}: not a prompt with rubrics"):
             given = json.loads(line)
             prompt = given["prompt"]

@@ -103,7 +103,7 @@ def test_json_lines_end_at_line_feeds_alone(folder, tmp_path):
 
 def test_files_of_prompts_are_read_so_too(tmp_path):
     row = {"prompt": SEPARATED, "rubrics": [{"name": "cat", "check": "a cat"}]}
-    text = json.dumps(row, ensure_ascii=False) + "\n\n" + json.dumps({**row, "prompt": NFD})
+    text = json.dumps(row, ensure_ascii=False) + "\n" + json.dumps({**row, "prompt": NFD})
     for encoding in ("utf-8-sig", "utf-16"):
         path = tmp_path / "prompts.jsonl"
         path.write_bytes(text.encode(encoding))
