@@ -6,10 +6,11 @@ Read before: sample.py.
 
 Above is x_t, what the sampler holds: noise at first, data at last. Below is x_t - t v, the picture
 to which the velocity points from there: what the model would draw if it had to end at once. The
-first of these is a blur, the mean of all pictures that fit the prompt; early steps settle where
-things are, late ones their edges. Latents are decoded as they are, so noise looks like whatever the
-autoencoder makes of it.
+first of these has a rough patch where each thing will be, for it comes near the mean of all
+pictures that fit the prompt; early steps settle where things are, late ones their edges. Latents
+are decoded as they are, so noise looks like whatever the autoencoder makes of it.
 """
+import math
 import sys
 from pathlib import Path
 
@@ -17,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 import lens  # noqa: E402  (the path above comes first)
 import sample  # noqa: E402
-from data import grid_of  # noqa: E402
-from kit.checkpoint import PARTS, fetch, load_pipeline, read_metadata  # noqa: E402
+from kit.checkpoint import PARTS, fetch, load_vae  # noqa: E402
 from kit.files import Parser, replace_file, run_command  # noqa: E402
 from kit.images import contact_sheet  # noqa: E402
 from kit.run import pick_device  # noqa: E402
@@ -28,25 +28,24 @@ def strip(prompt, weights, seed=0):
     """[PIL image], one a step: x_t above the data it points to. The last shows the finished
     picture twice."""
     folder = fetch(weights, PARTS)
-    notes = read_metadata(folder)
-    pipeline = load_pipeline(folder, pick_device())
-    transformer, vae, _ = pipeline
-    steps, guidance = sample.sampler_settings(notes)
-    base = sample.usual_base(notes, transformer.config.in_channels)
-    grid = grid_of((base, base))
-    levels = lens.sigmas(grid[0] * grid[1], steps)             # [steps + 1]
-
-    frames = []
+    points = []                                                # [(x, v)] of each step
 
     def keep(i, x, v):
-        # After step i, v is still the velocity of the point before it, so that x - t v at the new
-        # level is the same guess as before the step: it lies on the line that Euler followed.
-        guess = lens.data_prediction(x, v, levels[i + 1])
-        shown = [*sample.to_pictures(vae, x, grid), *sample.to_pictures(vae, guess, grid)]
-        frames.append(contact_sheet(shown, columns=1))
+        points.append((x, v))
 
-    sample.generate([prompt], pipeline, seed=seed, height=base, width=base, steps=steps,
-                    guidance=guidance, on_step=keep)
+    sample.generate([prompt], weights=folder, seed=seed, on_step=keep)
+
+    tokens = points[0][0].shape[1]
+    side = math.isqrt(tokens)                                  # of a square, which is the default
+    levels = lens.sigmas(tokens, len(points))                  # [steps + 1]
+    vae = load_vae(folder, pick_device())
+    frames = []
+    for (x, v), level in zip(points, levels[1:]):
+        # x is where the step ended, and v the velocity where it began. x - t v is the same guess
+        # from both ends: Euler's step follows the line between them.
+        guess = lens.data_prediction(x, v, level)
+        shown = [sample.to_pictures(vae, held, (side, side))[0] for held in (x, guess)]
+        frames.append(contact_sheet(shown, columns=1))
     return frames
 
 
