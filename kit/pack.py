@@ -19,6 +19,7 @@ from tqdm import tqdm
 from kit.chat import chat_about
 from kit.files import error_context, require, write_json, write_text
 from kit.images import ENDINGS, Fault, read_picture
+from kit.run import usable_cores
 from kit.tars import Part, read, tar_parts, words_of, write_shards
 
 # --- Which pictures are left out ------------------------------------------------------------------
@@ -173,7 +174,7 @@ def examine(sample):
 def examine_all(samples, faults):
     """[Candidate] of those that can be used; the others are named, and counted in `faults`."""
     candidates = []
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(usable_cores()) as pool:
         examined = pool.map(examine, samples, chunksize=8)
         for key, candidate, fault in tqdm(examined, "reading", len(samples), unit="picture"):
             if fault:
