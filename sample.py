@@ -54,6 +54,7 @@ from kit.files import (
     check_writable,
     error_context,
     file_hash,
+    first_few,
     open_safetensors,
     positive,
     read_json_lines,
@@ -728,12 +729,13 @@ def plan_jobs(out, requests, prompts, rows, num, first_seed, common):
             if rows is not None:       # GenEval's layout: 00000/metadata.jsonl, 00000/samples/
                 row = rows[p]
                 path = out / f"{p:05d}" / "samples" / f"{k:04d}.png"
-                check_same(path, holds(path, notes))
+                check_same(path, notes)
                 metadata = metadata_of(path)
-                check_same(metadata, read_json_lines(metadata) == [row])
+                require(not metadata.exists() or read_json_lines(metadata) == [row],
+                        f"{metadata} is of other prompts: give another --out")
             elif names_a_picture(out):
                 path = out if total == 1 else out.with_stem(f"{out.stem}-{number}")
-                check_same(path, holds(path, notes))
+                check_same(path, notes)
             else:
                 path = free_path(out / f"{file_name(requests[p])}-{seed}.png", notes)
             jobs.append(Job(prompt, seed, notes, path, row))
@@ -807,14 +809,21 @@ def metadata_of(path):
     return path.parents[1] / "metadata.jsonl"
 
 
-def holds(path, notes):
-    """Whether the picture at a path has these notes: then it was made from the same."""
-    return read_notes(path) == {name: str(value) for name, value in notes.items()}
+def differing(path, notes):
+    """Names of the notes in which the picture at a path is another one; of none it was made from
+    the same."""
+    kept = read_notes(path)
+    wanted = {name: str(value) for name, value in notes.items()}
+    return [name for name in kept.keys() | wanted.keys() if kept.get(name) != wanted.get(name)]
 
 
-def check_same(path, same):
-    require(same or not path.exists(), f"{path} is there already, made from something else: "
-            "give another --out, or remove it")
+def check_same(path, notes):
+    """LensError where something else stands at a path that must be the picture's with these
+    notes."""
+    if path.exists():
+        others = differing(path, notes)
+        what = f"with another {first_few(others)}" if read_notes(path) else "and is not ours"
+        require(not others, f"{path} is there already, {what}: give another --out, or remove it")
 
 
 def free_path(path, notes):
@@ -822,7 +831,7 @@ def free_path(path, notes):
     holds the picture with these notes."""
     chosen = path
     for number in itertools.count(2):
-        if not chosen.exists() or holds(chosen, notes):
+        if not chosen.exists() or not differing(chosen, notes):
             return chosen
         chosen = path.with_stem(f"{path.stem}_{number}")
 

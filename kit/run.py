@@ -1,5 +1,5 @@
-"""What every run needs: a device, ranks, a precision, random generators, a log with curves, notice
-of SIGTERM, averages.
+"""What every run needs: a device, ranks, a precision, random generators, loaders, a log with
+curves, notice of SIGTERM, averages.
 
 Read before: kit/files.py.
 """

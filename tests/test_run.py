@@ -395,10 +395,9 @@ def test_no_worker_of_a_loader_dies_of_sigterm():
     """It goes to every process of a group. They come in order, and none is missing."""
     batches = iter(make_loader(Numbers(), range(40), workers=2, prefetch=2))
     numbers = [next(batches), next(batches)]
-    workers = multiprocessing.active_children()
+    workers = [str(worker.pid) for worker in multiprocessing.active_children()]
     assert len(workers) == 2
-    for worker in workers:
-        os.kill(worker.pid, signal.SIGTERM)
+    subprocess.run(["kill", "-TERM", *workers], check=True)
     numbers += list(batches)
     assert numbers == list(range(40))
     assert list(make_loader(Numbers(), [3, 1], workers=0)) == [3, 1]
