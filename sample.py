@@ -692,8 +692,8 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
                           image=image, strength=strength, say=tqdm.write if said else None)
         except KeyboardInterrupt:
             made = sum(job.path.exists() for job in jobs)
-            print(f"stopped: {made} of {len(jobs)} pictures are there; the same command makes the "
-                  "others", file=sys.stderr)
+            tqdm.write(f"stopped: {made} of {len(jobs)} pictures are there; the same command makes "
+                       "the others", file=sys.stderr)
             raise
 
     if len(jobs) > 1 and not names_a_picture(out):
