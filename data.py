@@ -34,7 +34,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from kit.chat import Endpoint
@@ -65,7 +64,7 @@ from kit.images import (
     to_images,
 )
 from kit.pack import CLASSIFIED, LIMITS, Classifier, pack
-from kit.run import ignore_sigterm
+from kit.run import make_loader
 from kit.tars import Part, fill_tar, find_files, read, tar_parts
 from kit.tars import words_of as captions_and_notes
 
@@ -492,11 +491,9 @@ class ShardSource:
 
     def stream(self, planned):
         # What the loader takes for an index is a PlannedBatch, and what it takes for an item is the
-        # Reading of a whole batch. Workers ignore a cluster's SIGTERM, so that the run can save.
-        loader = iter(DataLoader(
-            ErrorsAsResults(self.shards), batch_size=None, sampler=planned,
-            num_workers=self.workers, pin_memory=self.device != "cpu",
-            worker_init_fn=ignore_sigterm))
+        # Reading of a whole batch.
+        loader = iter(make_loader(ErrorsAsResults(self.shards), planned, self.workers,
+                                  pin_memory=self.device != "cpu"))
         for bucket, samples, epoch in planned:
             begin = time.perf_counter()
             reading = next(loader)

@@ -66,7 +66,7 @@ from kit.checkpoint import (
     unsharded,
     vae_identity,
 )
-from kit.files import Parser, not_negative, positive, require, run_command
+from kit.files import Parser, not_negative, positive, require, run_command, seed_number
 from kit.images import contact_sheet, save_png
 from kit.players import Players, trained_weights
 from kit.run import (
@@ -911,7 +911,7 @@ def arguments(argv):
         help="train nothing: write the student of --out there, as a LoRA of rank --lora over "
              "--teacher")
     add("--steps", type=positive, help="of the student (default: what the size says)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed_number, default=0)
     add("--device", help="cpu or cuda (default: CUDA if there is one)")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="compile the blocks (default: on a GPU)")

@@ -52,7 +52,7 @@ import sample
 import train
 from kit.chat import Endpoint
 from kit.checkpoint import fetch, load_pipeline, read_metadata, save_pipeline
-from kit.files import Parser, not_negative, positive, require, run_command
+from kit.files import Parser, not_negative, positive, require, run_command, seed_number
 from kit.images import contact_sheet, save_png
 from kit.lora import add_lora, lora_parameters, merge_lora, named_lora, save_lora, set_lora
 from kit.rubrics import (
@@ -689,7 +689,7 @@ def arguments(argv):
     add("--size", default="toy", choices=lens.SIZES, help="of that model (default: %(default)s)")
     add("--steps", type=positive, help="default: what the size says; of a search 8")
     add("--lr", type=float, help="default: what the size says")
-    add("--seed", type=not_negative, default=0)
+    add("--seed", type=seed_number, default=0)
     add("--device", help="cpu or cuda (default: CUDA if there is one)")
     add("--dtype", choices=("fp32", "bf16"), help="of the frozen base (default: the faster one)")
     add("--compile", action=argparse.BooleanOptionalAction,

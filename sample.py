@@ -7,6 +7,7 @@ Assumes:     weights in a layout that kit/checkpoint.py reads. Without --weights
     python sample.py --prompt "a red circle to the left of a blue square"
     python sample.py --prompt "..." --num 4 --seed 7 --steps 50 --aspect 16:9
     python sample.py --prompt "..." --image photo.png --strength 0.6     # start from a picture
+    python sample.py --prompt "..." --out picture.webp                   # .png, .jpg or .webp
     python sample.py --prompts-file prompts.txt --out pictures/          # or GenEval's JSON lines
     python sample.py --prompt "..." --weights DIR_OR_REPO --base 1440    # the released model
     python sample.py --prompt "a couple of crimson discs" --reason       # a model rewrites it first
@@ -15,10 +16,15 @@ Assumes:     weights in a layout that kit/checkpoint.py reads. Without --weights
 The sampler is `denoise`: Euler's method, and under guidance two velocities a step, with the prompt
 and without it (`guide`). Prompts of unequal length never share a batch: nothing is padded, so no
 attention needs a mask, and but for rounding a picture is the same whatever was made beside it.
+Pictures are written as they are made, and what was made is not made again: the same command goes on
+where it was stopped.
 """
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -33,6 +39,7 @@ import lens
 import reason
 from kit.chat import Endpoint
 from kit.checkpoint import (
+    adapter_files,
     fetch,
     identity,
     load_pipeline,
@@ -46,19 +53,34 @@ from kit.files import (
     check_writable,
     error_context,
     file_hash,
+    first_few,
     lines_of,
     one_form,
     open_safetensors,
     positive,
+    read_json_lines,
     read_text,
     require,
     run_command,
+    seed_number,
+    utf8_text,
     write_json_lines,
     write_safetensors,
 )
 from kit.fp8 import to_fp8
-from kit.images import contact_sheet, cover, from_pil, read_picture, save_png, to_pil, to_rgb
-from kit.lora import merge_lora
+from kit.images import (
+    ENDINGS,
+    WRITTEN,
+    contact_sheet,
+    cover,
+    from_pil,
+    read_notes,
+    read_picture,
+    save_picture,
+    to_pil,
+    to_rgb,
+)
+from kit.lora import lora_file, merge_lora
 from kit.run import compile_blocks, pick_attention, pick_device, pick_dtype, use_attention
 from toy import language
 from toy.checker import held_out, round_trip, score, token_diversity
@@ -68,9 +90,15 @@ TOY = Path(__file__).resolve().parent / "weights" / "toy"
 STEPS = 20               # [checkpoint] where weights do not say otherwise
 GUIDANCE = 5.0           # [checkpoint]
 BASE = 1024              # [checkpoint] pictures of 1024 x 1024
+PER_TASK = 50            # [ours] prompts of --eval
 TOY_BASE = 128           # [ours] the toy's own size
 MAX_AREA = 1440**2       # [paper] works too, though training ends at 1024 x 1024
 USUAL_TEXT = 128         # text tokens of a usual caption: the paper's have 109 words
+STRENGTH = 0.7           # [ours] the share of the steps that is run on a picture of --image
+CACHE_BYTES = 4 * 2**30  # of prompt features on the disk: about 1,200 prompts at full size
+BATCH = 16               # pictures that are made, and then written, at a time
+SHEET = 100              # pictures on a contact sheet, which are made smaller than
+SHEET_SIDE = 512         # this, so that no sheet has more than 5,200 pixels a side
 
 
 # --- The sampler ----------------------------------------------------------------------------------
@@ -168,7 +196,7 @@ def guide(cond, uncond, guidance):
 @torch.no_grad()
 def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=None, width=None,
              steps=None, guidance=None, negative="", features=None, images=None, strength=1.0,
-             batch_size=16, on_step=None, progress=False):
+             batch_size=BATCH, on_step=None, progress=False):
     """One PIL image a prompt, in order.
 
     pipeline    (transformer, vae, text encoder or None), already loaded; else `weights` is loaded
@@ -312,9 +340,14 @@ def cached_features(folder, prompts, device, dtype, date=lens.DATE, cache="", en
     if missing:
         if encoder is None:
             _, _, encoder = load_pipeline(folder, device, dtype, parts=("text_encoder",), date=date)
-        for i, own in zip(missing, encoder.encode_each([prompts[i] for i in missing])):
-            features[i] = own.cpu()
-        keep_features({paths[i]: features[i] for i in missing if paths[i]})
+        works = bool(cache)
+        for k in range(0, len(missing), 64):       # a kill costs no more than these
+            few = missing[k:k + 64]
+            for i, own in zip(few, encoder.encode_each([prompts[i] for i in few])):
+                features[i] = own.cpu()
+            works = works and keep_features({paths[i]: features[i] for i in few})
+        if works:
+            trim_cache(cache)
     return features
 
 
@@ -335,25 +368,54 @@ def denoiser_config(folder):
 
 
 def read_features(path):
-    """[K, S, E] of a cache entry; None where there is none, or a spoilt one, which is made
+    """[K, S, E] of a cache entry; None where there is none, or one that cannot be read: it is made
     again."""
-    if path is None or not path.exists():
+    if path is None:
         return None
     try:
-        with open_safetensors(path) as f:
+        with error_context(f"cannot read {path}"), open_safetensors(path) as f:
             return f.get_tensor("features")
     except LensError:
         return None
 
 
 def keep_features(entries):
-    """{path: features}. A full or read-only disk costs the cache, not the picture."""
+    """{path: features} -> whether all are kept. A full disk, or a folder that is another user's,
+    costs the cache, not the picture."""
     for path, own in entries.items():
         try:
             write_safetensors(path, {"features": own})
         except LensError as e:
             print(f"note: prompt features were not cached: {e}", file=sys.stderr)
-            return
+            return False
+    return True
+
+
+ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")   # a cache entry's name
+
+
+def trim_cache(folder, limit=CACHE_BYTES):
+    """Removes the oldest entries of a cache until the rest takes at most `limit` bytes. Other files
+    in the folder stay."""
+    entries = []                                   # (time, size, path)
+    with contextlib.suppress(OSError):             # another process may be doing the same
+        for path in Path(folder).iterdir():
+            if ENTRY.fullmatch(path.name):
+                status = path.stat()
+                entries.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total > limit:
+                path.unlink()
+                total -= size
+
+
+def default_cache():
+    """~/.cache/lens; "" for a user without a home, as containers have them."""
+    try:
+        return str(Path.home() / ".cache" / "lens")
+    except RuntimeError:
+        return ""
 
 
 # --- Evaluation on the toy world ------------------------------------------------------------------
@@ -506,6 +568,19 @@ class Weights:
             compile_blocks(transformer, vae, graphs=self.device != "cpu")
         return transformer, vae
 
+    def fingerprint(self):
+        """16 hex digits of all that a picture depends on here: the text encoder with what is around
+        the prompt, and the names, sizes and dates of the other files."""
+        files = [*locate(self.folder, "transformer")[0], *adapter_files(self.folder),
+                 *locate(self.folder, "vae")[0]]
+        if self.lora:
+            files.append(lora_file(self.lora))
+        parts = [feature_key(self.folder, self.dtype, self.date)]
+        for file in files:
+            status = file.stat()
+            parts.append((file.name, status.st_size, status.st_mtime_ns))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
     def notes(self):
         """What a picture says of the weights that made it."""
         precision = str(self.dtype).removeprefix("torch.")
@@ -517,6 +592,7 @@ class Weights:
             "lora": lora,
             "precision": precision,
             "date": self.date,
+            "made_from": self.fingerprint(),
             "software": "Lens",
         }
 
@@ -529,6 +605,11 @@ class Sampling:
     steps: int
     guidance: float
     seed: int                 # of the first picture; the next have seed + 1, ...
+
+    def notes(self):
+        """What a picture says of it; its seed is its own."""
+        return {"steps": self.steps, "guidance": self.guidance,
+                "size": f"{self.width}x{self.height}"}
 
 
 def evaluate_command(weights, sampling, out, per_task, style, make_reasoner=None):
@@ -552,32 +633,38 @@ def evaluate_command(weights, sampling, out, per_task, style, make_reasoner=None
         rewrite=rewrite)
     seconds = time.perf_counter() - begin
 
-    about_eight_a_task = pictures[::max(1, per_task // 8)]
-    contact_sheet(about_eight_a_task, columns=12).save(out / "eval.png")
     how = f"{style} prompts a task" + (", rewritten" if rewrite else "")
-    print(f"\n{'task':14} score   ({per_task} held-out {how}, {seconds:.0f} s, "
-          f"pictures in {out}/eval.png)")
+    about_eight_a_task = pictures[::max(1, per_task // 8)]
+    notes = {"prompts": f"{per_task} held-out {how}", "seed": sampling.seed,
+             "score": json.dumps(scores), **sampling.notes(), **weights.notes()}
+    sheet = save_new(contact_sheet(about_eight_a_task, columns=12), out / "eval.png", notes)
+    print(f"\n{'task':14} score   ({notes['prompts']}, {seconds:.0f} s, pictures in {sheet})")
     for name, value in scores.items():
         print(f"{name:14} {value:.3f}")
     print(json.dumps(scores))
 
 
 def pictures_command(weights, sampling, out, requests, rows=None, num=1, negative="", image=None,
-                     strength=1.0, cache="", make_reasoner=None, endpoint_model=None):
-    """Pictures of `requests`, `num` each, as PNG files in `out`.
+                     strength=STRENGTH, cache="", make_reasoner=None, endpoint_model=None):
+    """Pictures of `requests`, `num` each, as files. What is there already, made from the same, is
+    not made again.
 
+    out             their folder; or a file, see `names_a_picture`
     requests        prompts as the user gave them;  rows: GenEval's metadata, one for each, or None
     make_reasoner   text encoder or None -> reason.Reasoner; None: requests are the prompts
     endpoint_model  the model that rewrites at an endpoint; None: the text encoder rewrites
     """
-    prompts, encoder, reasoned = requests, None, {}
+    prompts, encoder = requests, None
+    common = {"negative": negative, **sampling.notes(), **weights.notes()}
+    if image:
+        common |= {"image": hashlib.sha256(image.tobytes()).hexdigest()[:16], "strength": strength}
     if make_reasoner:
         if endpoint_model is None:
             encoder = weights.text_encoder()
         reasoner = make_reasoner(encoder)
         prompts = reasoner.rewrite(requests)
-        reasoned = {"system_prompt": reasoner.system,
-                    "reasoner": endpoint_model or "the text encoder"}
+        common |= {"system_prompt": reasoner.system,
+                   "reasoner": endpoint_model or "the text encoder"}
         for request, prompt in zip(requests, prompts):
             print(f"{request!r} -> {prompt!r}")
         del reasoner
@@ -588,44 +675,177 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
         print(f"note: this model never saw the word{plural} {', '.join(strange)}. "
               f"It knows: {', '.join(sorted(known))}", file=sys.stderr)
 
-    features = cached_features(weights.folder, prompts + [negative], weights.device, weights.dtype,
-                               weights.date, cache, encoder)
-    del encoder                        # nothing may hold it when the denoiser comes
-    pipeline = (*weights.denoiser_and_vae(), None)
+    jobs = plan_jobs(out, requests, prompts, rows, num, sampling.seed, common)
+    missing = [job for job in jobs if not job.path.exists()]
+    said = len(jobs) <= 16                         # whether each picture's name is printed
+    if len(missing) < len(jobs):
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} pictures are there already, made from "
+              "the same: they are not made again")
+        for job in jobs:
+            if said and job.path.exists():
+                print(job.path)
 
-    jobs = [(p, k) for p in range(len(prompts)) for k in range(num)]
-    seeds = [sampling.seed + number for number in range(len(jobs))]
-    pictures = generate(
-        [prompts[p] for p, _ in jobs], pipeline, seeds=seeds, height=sampling.height,
-        width=sampling.width, steps=sampling.steps, guidance=sampling.guidance,
-        features=[features[p] for p, _ in jobs] + features[-1:],
-        images=[image] * len(jobs) if image else None, strength=strength, progress=True)
+    if missing:
+        texts = list(dict.fromkeys([*(job.prompt for job in missing), negative]))
+        features = cached_features(weights.folder, texts, weights.device, weights.dtype,
+                                   weights.date, cache, encoder)
+        del encoder                    # nothing may hold it when the denoiser comes
+        pipeline = (*weights.denoiser_and_vae(), None)
+        try:
+            make_pictures(missing, pipeline, dict(zip(texts, features)), negative, sampling,
+                          image=image, strength=strength, say=tqdm.write if said else None)
+        except KeyboardInterrupt:
+            made = sum(job.path.exists() for job in jobs)
+            tqdm.write(f"stopped: {made} of {len(jobs)} pictures are there; the same command makes "
+                       "the others", file=sys.stderr)
+            raise
 
-    common = {"negative": negative, "steps": sampling.steps, "guidance": sampling.guidance,
-              "size": f"{sampling.width}x{sampling.height}", **weights.notes(), **reasoned}
-    for (p, k), seed, picture in zip(jobs, seeds, pictures):
-        notes = {"prompt": prompts[p], "seed": seed, **common}
-        if make_reasoner:
-            notes["request"] = requests[p]
-        if rows is None:
-            path = out / f"{file_name(requests[p])}-{seed}.png"
-        else:                          # GenEval's layout: 00000/metadata.jsonl, 00000/samples/
-            path = out / f"{p:05d}" / "samples" / f"{k:04d}.png"
-            write_json_lines(out / f"{p:05d}" / "metadata.jsonl", [rows[p]])
-        save_png(picture, path, notes)
-        if len(jobs) <= 16:
-            print(path)
+    if len(jobs) > 1 and not names_a_picture(out):
+        sheets = " ".join(str(path) for path in save_sheets(out, jobs))
+        print(f"{len(jobs)} pictures in {out}, all of them in {sheets}")
 
-    if len(jobs) > 1:
-        notes = {"prompts": "\n".join(prompts), "seed": sampling.seed,
-                 "weights": common["weights"]}
-        save_png(contact_sheet(pictures), out / "sheet.png", notes)
-        print(f"{len(jobs)} pictures in {out}, all of them in {out}/sheet.png")
+
+@dataclass
+class Job:
+    """A picture that was asked for."""
+    prompt: str
+    seed: int
+    notes: dict               # all that decides what it shows, and what people want to know of it
+    path: Path                # where it stands, or will
+    row: dict | None          # GenEval's metadata
+
+
+def plan_jobs(out, requests, prompts, rows, num, first_seed, common):
+    """[Job], `num` for each prompt. LensError where a file must have a certain name, and something
+    else has it. common: {name: value}, notes of all pictures. The others are as in
+    `pictures_command`."""
+    total = num * len(prompts)
+    jobs = []
+    for p, prompt in enumerate(prompts):
+        for k in range(num):
+            number = len(jobs)
+            seed = first_seed + number
+            notes = {"prompt": prompt, "seed": seed, **common}
+            if "reasoner" in common:
+                notes["request"] = requests[p]
+
+            row = None
+            if rows is not None:       # GenEval's layout: 00000/metadata.jsonl, 00000/samples/
+                row = rows[p]
+                path = out / f"{p:05d}" / "samples" / f"{k:04d}.png"
+                check_same(path, notes)
+                metadata = metadata_of(path)
+                require(not metadata.exists() or read_json_lines(metadata) == [row],
+                        f"{metadata} is of other prompts: give another --out")
+            elif names_a_picture(out):
+                path = out if total == 1 else out.with_stem(f"{out.stem}-{number}")
+                check_same(path, notes)
+            else:
+                path = free_path(out / f"{file_name(requests[p])}-{seed}.png", notes)
+            jobs.append(Job(prompt, seed, notes, path, row))
+    return jobs
+
+
+def make_pictures(jobs, pipeline, features, negative, sampling, image=None, strength=1.0,
+                  say=None):
+    """Makes the pictures of jobs, and writes each batch when it is made.
+
+    features  {text: [K, S, E]} of all prompts and of `negative`
+    say       called with the path of each picture
+    """
+    batches = batches_of_one_length([features[job.prompt] for job in jobs], BATCH)
+    for batch in tqdm(batches, "pictures", unit="batch", leave=False, disable=len(batches) == 1):
+        few = [jobs[i] for i in batch]
+        pictures = generate(
+            [job.prompt for job in few], pipeline, seeds=[job.seed for job in few],
+            height=sampling.height, width=sampling.width, steps=sampling.steps,
+            guidance=sampling.guidance,
+            features=[features[job.prompt] for job in few] + [features[negative]],
+            images=[image] * len(few) if image else None, strength=strength, progress=True)
+        for job, picture in zip(few, pictures):
+            if job.row is not None:
+                write_json_lines(metadata_of(job.path), [job.row])
+            job.path = save_new(picture, job.path, job.notes)
+            if say:
+                say(str(job.path))
+
+
+def save_sheets(out, jobs):
+    """Contact sheets of all jobs' pictures, SHEET on each. -> their paths"""
+    paths = []
+    for k in range(0, len(jobs), SHEET):
+        few = jobs[k:k + SHEET]
+        pictures = []
+        with error_context("no contact sheet"):    # somebody may have moved a picture
+            for job in few:
+                picture = read_picture(job.path.read_bytes())
+                picture.thumbnail((SHEET_SIDE, SHEET_SIDE))
+                pictures.append(picture)
+        name = "sheet.png" if len(jobs) <= SHEET else f"sheet-{1 + k // SHEET}.png"
+        shown = hashlib.sha256(repr([job.notes for job in few]).encode()).hexdigest()
+        notes = {"prompts": "\n".join(dict.fromkeys(job.prompt for job in few)),
+                 "seed": few[0].seed, "weights": few[0].notes["weights"], "pictures": shown[:16]}
+        paths.append(save_new(contact_sheet(pictures), out / name, notes))
+    return paths
+
+
+# --- Files that are never written over ------------------------------------------------------------
+
+def names_a_picture(out):
+    """Whether --out names a file, such as picture.jpg, and not a folder. LensError for a picture
+    file of a kind that is not written."""
+    ending = out.suffix.lower()
+    if ending not in ENDINGS or out.is_dir():
+        return False
+    require(ending in WRITTEN, f"--out {out}: pictures are written as {', '.join(WRITTEN)}")
+    return True
 
 
 def file_name(request):
-    """A request as a file name: its words, joined by hyphens, 60 characters at most."""
-    return "-".join(words_of(request))[:60] or "picture"
+    """A request as a file name: its words, joined by hyphens, 60 characters at most, and 180 bytes:
+    a file system takes 255 with what is added."""
+    name = "-".join(words_of(request))[:60]
+    return name.encode()[:180].decode(errors="ignore") or "picture"
+
+
+def metadata_of(path):
+    """GenEval's file for a picture's prompt."""
+    return path.parents[1] / "metadata.jsonl"
+
+
+def differing(path, notes):
+    """Names of the notes in which the picture at a path is another one; of none it was made from
+    the same."""
+    kept = read_notes(path)
+    wanted = {name: str(value) for name, value in notes.items()}
+    return [name for name in kept.keys() | wanted.keys() if kept.get(name) != wanted.get(name)]
+
+
+def check_same(path, notes):
+    """LensError where something else stands at a path that must be the picture's with these
+    notes."""
+    if path.exists():
+        others = differing(path, notes)
+        what = f"with another {first_few(others)}" if read_notes(path) else "and is not ours"
+        require(not others, f"{path} is there already, {what}: give another --out, or remove it")
+
+
+def free_path(path, notes):
+    """`path`; where something else stands there, the first of path_2, path_3, ... that is free or
+    holds the picture with these notes."""
+    chosen = path
+    for number in itertools.count(2):
+        if not chosen.exists() or not differing(chosen, notes):
+            return chosen
+        chosen = path.with_stem(f"{path.stem}_{number}")
+
+
+def save_new(picture, path, notes):
+    """Writes a picture at its free path, unless it is there already. -> that path"""
+    path = free_path(path, notes)          # asked again: another process may have taken it
+    if not path.exists():
+        save_picture(picture, path, notes)
+    return path
 
 
 def open_start(path):
@@ -639,15 +859,19 @@ def open_start(path):
 def arguments(argv):
     parser = Parser("Make pictures from prompts, or score a model on the toy world.", __doc__)
     add = parser.add_argument_group("what to make").add_argument
-    add("--prompt", action="append", help="what the picture shows; may be given more than once")
+    add("--prompt", action="append", type=utf8_text,
+        help="what the picture shows; may be given more than once")
     add("--prompts-file", metavar="FILE", help="one prompt a line. Of a .jsonl file, GenEval's: "
         "pictures go into the folders that its evaluator reads")
-    add("--negative", default="", help="what it should not show; empty: no text at all")
-    add("--seed", type=int, default=0, help="of the first picture; the next have seed + 1, ...")
+    add("--negative", default="", type=utf8_text,
+        help="what it should not show, under guidance; empty: no text at all")
+    add("--seed", type=seed_number, default=0,
+        help="of the first picture; the next have seed + 1, ...")
     add("--num", type=positive, default=1, help="pictures a prompt")
     add("--image", metavar="FILE", help="a picture to start from; its middle is taken where "
         "its proportions are not those asked for")
-    add("--strength", type=float, default=0.7, help="how much of --image is redrawn, above 0 to 1")
+    add("--strength", type=float,
+        help=f"how much of --image is redrawn, above 0 to 1 (default: {STRENGTH})")
 
     add = parser.add_argument_group("how").add_argument
     add("--steps", type=positive, help=f"of Euler (default: what the weights say, else {STEPS})")
@@ -665,10 +889,10 @@ def arguments(argv):
         help="a folder or hub id in diffusers layout (default: the toy)")
     add("--size", choices=lens.SIZES, help="check that the weights are of this size")
     add("--lora", metavar="PATH", help="a LoRA file or folder, merged into the weights")
-    add("--lora-strength", type=float, default=1.0)
+    add("--lora-strength", type=float, help="default: 1")
     add("--device", help="cpu or cuda (default: CUDA if there is one)")
-    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU; on a CPU the faster "
-        "one, which is timed")
+    add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it; on a "
+        "CPU the faster one, which is timed")
     add("--date", default=lens.DATE, help="written into the chat around the prompt (default "
         "%(default)s: frozen, so that a seed keeps its picture)")
     add("--compile", action="store_true", help="for many pictures: faster, after a minute or two; "
@@ -684,23 +908,26 @@ def arguments(argv):
         "own words; rl.py --search finds others)")
     add("--endpoint", metavar="URL", help="OpenAI-compatible, up to and with /v1 (default: the "
         "text encoder writes); its key is read from LENS_API_KEY")
-    add("--model", default="default", help="the endpoint's model")
+    add("--model", help="the endpoint's model")
 
     add = parser.add_argument_group("out").add_argument
-    add("--out", default="out", metavar="DIR", help="folder for the pictures")
-    add("--cache", default=str(Path.home() / ".cache" / "lens"), metavar="DIR",
-        help="folder for prompt features, '' for none")
+    add("--out", default="out", metavar="PATH", help="folder for the pictures, or a file: "
+        "picture.png, .jpg or .webp (of several: picture-0.png, picture-1.png, ...)")
+    add("--cache", default=default_cache(), metavar="DIR",
+        help=f"folder for prompt features, {CACHE_BYTES >> 30} GiB at most; '' for none "
+        "(default: %(default)s)")
 
     add = parser.add_argument_group("score").add_argument
     add("--eval", action="store_true",
         help="the six-task table on held-out scenes; the last line is JSON")
-    add("--per-task", type=positive, default=50, help="prompts a task")
-    add("--requests", dest="style", choices=("dense", "brief", "vague"), default="dense",
-        help="how the held-out scenes are asked for")
+    add("--per-task", type=positive, help=f"prompts a task (default: {PER_TASK})")
+    add("--requests", dest="style", choices=("dense", "brief", "vague"),
+        help="how the held-out scenes are asked for (default: dense)")
 
     args = parser.parse_args(argv)
-    require(args.per_task > 1, "--per-task must be at least 2")
-    require(0 < args.strength <= 1, f"--strength {args.strength}: must be above 0 and at most 1")
+    require(args.per_task != 1, "--per-task must be at least 2")
+    require(args.strength is None or 0 < args.strength <= 1,
+            f"--strength {args.strength}: must be above 0 and at most 1")
     given = sum([args.eval, bool(args.prompt), bool(args.prompts_file)])
     require(given > 0, "nothing to do: give --prompt, --prompts-file or --eval (--help explains)")
     require(given == 1, "give one of --prompt, --prompts-file and --eval")
@@ -710,6 +937,16 @@ def arguments(argv):
             "give --aspect and --base, or --height and --width, not both")
     require(args.reason or not (args.system_prompt or args.endpoint),
             "--system-prompt and --endpoint tell the reasoner what to do: add --reason")
+
+    # What would have no effect is a mistake, too.
+    require(args.endpoint or not args.model, "--model is one of an endpoint: add --endpoint")
+    require(args.image or args.strength is None,
+            "--strength says how much of a picture is redrawn: add --image")
+    require(args.lora or args.lora_strength is None, "--lora-strength is of a LoRA: add --lora")
+    require(args.eval or not (args.per_task or args.style),
+            "--per-task and --requests choose the scenes of --eval: add it")
+    require(not args.eval or not (args.negative or args.image or args.num > 1),
+            "--eval makes pictures of its own: leave out --negative, --image and --num")
     return args
 
 
@@ -729,6 +966,9 @@ def main(argv=None):
 
     notes = read_metadata(folder)
     steps, guidance = sampler_settings(notes, args.steps, args.guidance)
+    require(guidance != 1 or not args.negative.strip(),
+            "--negative has no effect at guidance 1, where only the prompt is read: leave it out, "
+            f"or add --guidance, say {GUIDANCE:g}")
     base = args.base or usual_base(notes, config.in_channels)
     height, width = pick_size(args.height, args.width, args.aspect, base)
     sampling = Sampling(height, width, steps, guidance, args.seed)
@@ -740,28 +980,36 @@ def main(argv=None):
     print(f"{device}, {str(dtype).removeprefix('torch.')} ({why}), {kernel} attention "
           f"({why_kernel}); {steps} steps, guidance {guidance:g}, {width} x {height} pixels")
 
-    weights = Weights(folder, device, dtype, args.date, args.lora, args.lora_strength,
-                      args.compile, args.fp8)
+    lora_strength = 1.0 if args.lora_strength is None else args.lora_strength
+    weights = Weights(folder, device, dtype, args.date, args.lora, lora_strength, args.compile,
+                      args.fp8)
     out = Path(args.out)
     requests, rows = args.prompt or [], None
     if args.prompts_file:
         requests, rows = read_prompts(args.prompts_file)
     image = open_start(args.image)
-    check_writable(out)
+    out_folder = out
+    if names_a_picture(out):
+        require(not args.eval and rows is None,
+                f"--out {out}: --eval and GenEval's prompts fill a folder; name one")
+        out_folder = out.parent
+    check_writable(out_folder)
 
     reasoner_of = None                             # text encoder -> reasoner
     if args.reason:
         reasoner_of = functools.partial(
             make_reasoner, notes, system_prompt=args.system_prompt, endpoint=args.endpoint,
-            model=args.model, journal=out / "reasoner.jsonl", seed=args.seed)
+            model=args.model or "default", journal=out_folder / "reasoner.jsonl", seed=args.seed)
 
     if args.eval:
-        evaluate_command(weights, sampling, out, args.per_task, args.style, reasoner_of)
+        evaluate_command(weights, sampling, out, args.per_task or PER_TASK, args.style or "dense",
+                         reasoner_of)
     else:
         pictures_command(
             weights, sampling, out, requests, rows, num=args.num, negative=args.negative,
-            image=image, strength=args.strength, cache=args.cache, make_reasoner=reasoner_of,
-            endpoint_model=args.model if args.endpoint else None)
+            image=image, strength=args.strength or STRENGTH, cache=args.cache,
+            make_reasoner=reasoner_of,
+            endpoint_model=(args.model or "default") if args.endpoint else None)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ from kit.files import (
     positive,
     require,
     run_command,
+    seed_number,
 )
 from kit.fp8 import e4m3
 from kit.images import contact_sheet
@@ -85,6 +86,7 @@ from kit.run import (
     rank_zero_first,
     share_out,
     start_run,
+    usable_cores,
     use_attention,
     whole,
 )
@@ -950,7 +952,7 @@ def arguments(argv):
         "(default: the toy world)")
     add("--lora", type=not_negative, default=0, metavar="RANK",
         help="train an adapter over --init instead of all weights")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed_number, default=0)
     add("--export", metavar="DIR",
         help="train nothing: score what --out holds and write it there in bf16, to ship")
 
@@ -965,7 +967,7 @@ def arguments(argv):
         help="activations to compute again, to save memory")
     add("--fsdp", action="store_true", help="under torchrun: share weights and moments among the "
         "ranks (else DDP: each holds all)")
-    add("--workers", type=not_negative, default=min(4, os.cpu_count()),
+    add("--workers", type=not_negative, default=min(4, usable_cores()),
         help="processes a rank that decode --data (default: %(default)s)")
     add("--device", help="cpu or cuda (default: CUDA if there is one)")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the blocks: 1.1 to 1.4 "

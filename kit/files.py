@@ -6,6 +6,7 @@ import argparse
 import codecs
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -85,10 +86,30 @@ def not_negative(text):
     return number
 
 
+def seed_number(text):
+    """An argparse type: a whole number from 0 to 2^63 - 1, which torch, numpy and every server
+    take."""
+    number = int(text)
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError("must be from 0 to 2^63 - 1")
+    return number
+
+
+def utf8_text(text):
+    """An argparse type: text that can be written. Bytes in another encoding reach us as lone
+    surrogates, which no file takes: the ValueError of encode() is argparse's error then."""
+    text.encode()
+    return text
+
+
 def run_command(main):
     """Runs a script's main. A user's mistake, or a GPU too small, becomes one line on stderr and
     exit code 2; never a stack trace."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    # A terminal or a file that is not UTF-8 gets \u3042 for what it cannot hold, not a traceback.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (LensError, torch.OutOfMemoryError) as e:

@@ -5,6 +5,7 @@ Read before: kit/files.py. What is read of which files is told in docs/formats.m
 import contextlib
 import functools
 import io
+import json
 import math
 import warnings
 
@@ -273,3 +274,33 @@ def save_png(image, path, notes=None):
     for name, value in (notes or {}).items():
         info.add_itxt(name, str(value))            # UTF-8
     replace_file(path, lambda beside: image.save(beside, "PNG", pnginfo=info))
+
+
+# What save_picture writes: formats that have room for notes.
+WRITTEN = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+DESCRIPTION = 0x010E         # the EXIF tag of a picture's description
+
+
+def save_picture(image, path, notes):
+    """Writes a picture as the ending of its path says, whole or not at all. The notes stand in a
+    PNG as text; in a JPEG or WebP as JSON in the description, which holds ASCII alone."""
+    kind = WRITTEN[path.suffix.lower()]
+    if kind == "PNG":
+        save_png(image, path, notes)
+        return
+    exif = Image.Exif()
+    exif[DESCRIPTION] = json.dumps({name: str(value) for name, value in notes.items()})
+    replace_file(path, lambda beside: image.save(beside, kind, quality=95, exif=exif))
+
+
+def read_notes(path):
+    """{name: text} of a picture that save_picture wrote; {} of any other file. Its pixels are not
+    read."""
+    try:
+        with Image.open(path) as image:
+            if image.format == "PNG":
+                return {name: str(text) for name, text in image.info.items()
+                        if isinstance(text, str)}
+            return json.loads(image.getexif()[DESCRIPTION])
+    except Exception:                              # PIL's plugins raise whatever they meet
+        return {}

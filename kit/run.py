@@ -1,5 +1,5 @@
-"""What every run needs: a device, ranks, a precision, random generators, a log with curves, notice
-of SIGTERM, averages.
+"""What every run needs: a device, ranks, a precision, random generators, loaders, a log with
+curves, notice of SIGTERM, averages.
 
 Read before: kit/files.py.
 """
@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 
 from kit.files import (
     check_writable,
@@ -80,7 +82,7 @@ def start_run(out, seed=0, device=None):
         run = Run(Path(out), seed, device)
     else:
         if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             # The others wait for rank 0 while it draws the toy world or indexes shards: hours, at
@@ -143,10 +145,30 @@ class Notice:
         self.given = True
 
 
+# --- Processes that prepare batches ---------------------------------------------------------------
+
+def make_loader(dataset, order, workers, prefetch=None, pin_memory=False):
+    """dataset[k] for each k of `order`, a whole batch each, made by worker processes while the last
+    batch is used. Every loader here comes from this place, so that no worker dies of SIGTERM.
+
+    workers   0: this process makes them itself;  prefetch: batches ahead, for each worker
+    """
+    return DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers,
+                      prefetch_factor=prefetch, pin_memory=pin_memory,
+                      worker_init_fn=ignore_sigterm)
+
+
 def ignore_sigterm(worker):
-    """For a DataLoader's worker_init_fn. A cluster's SIGTERM goes to every process of a group: a
-    worker that died of it would take the trainer down before it has saved."""
+    """A cluster's SIGTERM goes to every process of a group: a worker that died of it would take the
+    trainer down before it has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def usable_cores():
+    """CPU cores that this process may use: a container or `taskset` may leave it one of many."""
+    if hasattr(os, "sched_getaffinity"):           # not on a Mac
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @atexit.register
@@ -161,8 +183,11 @@ def end_workers():
 
 def generator(*key):
     """A torch generator that is a function of integers alone, say (seed, epoch, sample): what it
-    draws does not depend on batch size, rank count, or where a run was resumed."""
-    entropy = np.random.SeedSequence([abs(int(k)) for k in key])
+    draws does not depend on batch size, rank count, or where a run was resumed. LensError for a
+    negative one."""
+    numbers = [int(k) for k in key]
+    require(min(numbers) >= 0, f"a random stream's key {numbers}: no number may be negative")
+    entropy = np.random.SeedSequence(numbers)
     return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -213,14 +238,22 @@ def race(runners, rounds, device):
 
 
 def pick_device(name=None):
-    """"cpu" or "cuda", as asked, else CUDA if there is one. LensError for a device that is not
-    there."""
+    """"cpu", "cuda" or "cuda:1", as asked, else CUDA if there is one. LensError for a device that
+    is not there, or of another kind."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     require(not name.startswith("cuda") or torch.cuda.is_available(),
-            "--device cuda: no CUDA device was found; leave --device out to run on the CPU")
+            f"--device {name}: no CUDA device was found; leave --device out to run on the CPU")
     with error_context(f"--device {name}: not a device; try cpu or cuda"):
-        return str(torch.device(name))
+        device = torch.device(name)
+    require(device.type in ("cpu", "cuda"), f"--device {name}: this code runs on cpu and cuda "
+            "alone; leave --device out for the better of those that are here")
+    if device.type == "cpu":
+        return "cpu"
+    count = torch.cuda.device_count()
+    require((device.index or 0) < count, f"--device {name}: there are {count} CUDA devices here, "
+            "numbered from 0")
+    return str(device)
 
 
 def pick_dtype(device, name=None, width=128):
@@ -228,9 +261,12 @@ def pick_dtype(device, name=None, width=128):
     None: the faster one. width: of the model, whose matrix products are timed."""
     if name:
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[name], "as asked"
-    if device != "cpu":
-        return torch.bfloat16, "the GPU's fast type"
-    return fastest_dtype(width)
+    if device == "cpu":
+        return fastest_dtype(width)
+    # PyTorch's is_bf16_supported() also counts GPUs that compute it by fp32, at a loss.
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return torch.float32, "this GPU has no bf16 in hardware"
+    return torch.bfloat16, "the GPU's fast type"
 
 
 def fastest_dtype(width):
@@ -371,7 +407,15 @@ def compile_blocks(model, vae=None, fullgraph=True, graphs=False):
     graphs      records CUDA graphs, for sampling on a GPU: a block is then one launch, where Python
                 cannot ask for its kernels as fast as they run (a picture of 512 x 512 at full size
                 took 0.36 s in place of 0.95 s on an H200)
+    Returns whether it did: where nothing can be compiled, a line says why, and all stays as it is.
     """
+    reason = why_not_compiled(next(model.parameters()).device.type)
+    if reason:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"note: --compile: going on without, since this machine cannot: {reason}",
+                  file=sys.stderr)
+        return False
+
     mode = "reduce-overhead" if graphs else None
     model.records_graphs = graphs
     # Programs of a block: last or not, each branch of guidance or both, one picture or many.
@@ -383,6 +427,19 @@ def compile_blocks(model, vae=None, fullgraph=True, graphs=False):
         block.compile(fullgraph=fullgraph, dynamic=True, mode=mode)
     if vae is not None:
         vae.decoder.compile(fullgraph=fullgraph, dynamic=True)
+    return True
+
+
+@functools.cache
+def why_not_compiled(device):
+    """What stands in the way of torch.compile, found by a trial; None: nothing. A CPU needs a C++
+    compiler, a GPU a C compiler and Triton."""
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except Exception as e:                         # each part of it has errors of its own
+        text = str(e).strip() or type(e).__name__
+        return text.splitlines()[0]
+    return None
 
 
 # --- The log --------------------------------------------------------------------------------------

@@ -169,6 +169,37 @@ def test_requirements_are_those_that_we_chose():
     assert [re.match(r"\w+", line).group() for line in lines] == CHOSEN
 
 
+def oldest_python():
+    """(3, 11): what pyproject.toml asks for."""
+    project = (ROOT / "pyproject.toml").read_text()
+    version = re.search(r'^requires-python = ">=(\d+)\.(\d+)"', project, re.M)
+    return tuple(map(int, version.groups()))
+
+
+@every_file
+def test_the_oldest_python_parses_every_file(path):
+    """As far as ast knows; ruff, which reads requires-python too, finds newer f-strings."""
+    ast.parse(path.read_text(), feature_version=oldest_python())
+
+
+def test_the_readme_names_the_oldest_python():
+    major, minor = oldest_python()
+    assert f"Python {major}.{minor} or newer" in README
+
+
+@every_file
+def test_workers_and_cores_come_from_one_place(path):
+    """kit.run: its workers outlive a SIGTERM, its cores are those that the process may use."""
+    if path.parent == ROOT / "tests" or path == file_of("kit.run"):
+        return
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).split(".")[-1]
+            assert name not in ("DataLoader", "cpu_count"), f"line {node.lineno}"
+            # Left to itself it starts a process for each core of the machine.
+            assert name != "ProcessPoolExecutor" or node.args, f"line {node.lineno}"
+
+
 # --- Places and form ------------------------------------------------------------------------------
 
 def test_every_file_of_code_is_in_a_known_place():

@@ -3,6 +3,7 @@ go on in the same folder."""
 import copy
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -27,6 +28,8 @@ from shards import make_shards, spoil
 import data
 import kit.run
 import lens
+import toy.autoencoder
+import toy.language
 import train
 from kit.checkpoint import load_transformer, save_pipeline
 from kit.files import LensError, read_json, write_json
@@ -241,6 +244,46 @@ def test_sigterm_to_a_whole_group_saves_and_the_run_goes_on_to_the_bit(
     _, complaint = last.communicate()
     assert last.returncode == 0, complaint[-3000:]
     assert_same_run(out, undisturbed)
+
+
+def notify_group_in(patch, module, call):
+    """Has the call-th train_step of a run end with a SIGTERM to this process and to all that it has
+    started: what a group gets, without the tests' own parents. It comes from outside: PyTorch's
+    workers end quietly where the trainer itself sends it."""
+    original, calls = module.train_step, itertools.count(1)
+
+    def step(*inputs, **named):
+        result = original(*inputs, **named)
+        if next(calls) == call:
+            workers = [str(worker.pid) for worker in multiprocessing.active_children()]
+            assert workers
+            subprocess.run(["kill", "-TERM", *workers, str(os.getpid())], check=True)
+            time.sleep(0.3)                        # a worker that dies ends this run here
+        return result
+
+    patch.setattr(module, "train_step", step)
+
+
+def test_sigterm_to_the_text_encoders_group_saves(tmp_path, monkeypatch, capsys):
+    flags = ["--size", "nano", "--device", "cpu", "--steps", "6", "--out", str(tmp_path)]
+    few = toy.language.toy_tokenizer(scenes=200)   # the real one takes seconds
+    with monkeypatch.context() as patch:
+        patch.setattr(toy.language, "toy_tokenizer", lambda: few)
+        notify_group_in(patch, toy.language, 3)
+        with pytest.raises(SystemExit) as ended:
+            toy.language.main(flags)
+    assert ended.value.code == 0
+    assert f"SIGTERM: saved {tmp_path / 'text'} at step 3" in capsys.readouterr().out
+    assert newest_state(tmp_path / "text").name == "state-00000003"
+
+
+def test_sigterm_to_the_autoencoders_group_saves(tmp_path, monkeypatch, capsys):
+    flags = ["--size", "nano", "--dtype", "fp32", "--steps", "6", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        notify_group_in(patch, toy.autoencoder, 3)
+        toy.autoencoder.main(flags)
+    assert "stopped at step 3: the same command goes on" in capsys.readouterr().out
+    assert newest_state(tmp_path / "vae").name == "state-00000003"
 
 
 # --- Killed while it saves ------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """kit/files.py and kit/run.py: errors in one line, files that are never half written, and what
 every run needs."""
 import argparse
+import io
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -14,10 +16,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, random_model, rows
+from conftest import ROOT, error_line, random_model, rows
 
+import distill
 import kit.run
 import lens
+import rl
+import sample
+import toy.autoencoder
+import toy.language
+import train
 from kit.files import (
     LensError,
     Parser,
@@ -34,6 +42,8 @@ from kit.files import (
     replace_file,
     require,
     run_command,
+    seed_number,
+    utf8_text,
     write_json,
     write_json_lines,
     write_safetensors,
@@ -46,10 +56,12 @@ from kit.run import (
     Run,
     average_decay,
     choose,
+    compile_blocks,
     curves,
     follow,
     generator,
     learning_rate_factor,
+    make_loader,
     matmul_peak,
     pick_attention,
     pick_device,
@@ -59,8 +71,10 @@ from kit.run import (
     running_mean,
     same_everywhere,
     start_run,
+    usable_cores,
     use_attention,
 )
+from tools import strip
 
 # --- Errors ---------------------------------------------------------------------------------------
 
@@ -117,6 +131,16 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
         run_command(failing(ZeroDivisionError()))
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_terminal_that_is_not_utf8_gets_what_it_can_show(name, encoding, monkeypatch):
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding=encoding)
+    monkeypatch.setattr(sys, name, stream)
+    run_command(lambda: print("out/赤い丸-0.png", file=stream, flush=True))
+    assert written.getvalue() == rb"out/\u8d64\u3044\u4e38-0.png" + b"\n"
+
+
 # --- Command lines --------------------------------------------------------------------------------
 
 DOC = """What it does.
@@ -159,6 +183,44 @@ def test_a_parser_parses_and_its_help_ends_with_the_commands(capsys):
 def test_a_parsers_errors_are_ours(argv, said):
     with pytest.raises(LensError, match=said):
         a_parser().parse_args(argv)
+
+
+def test_a_seed_is_one_that_torch_numpy_and_servers_take():
+    for number in (0, 7, 2**32, 2**63 - 1):
+        assert seed_number(str(number)) == number
+        np.random.default_rng((number, 0))
+        first_draw(number)
+        torch.Generator().manual_seed(number + 10_000)                # of a later picture
+
+
+COMMANDS = [sample, train, rl, distill, toy.autoencoder, toy.language, strip]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda module: module.__name__)
+@pytest.mark.parametrize("number, said", [
+    ("-1", "--seed: must be from 0 to 2^63 - 1"),
+    (str(2**63), "--seed: must be from 0 to 2^63 - 1"),
+    ("9" * 30, "--seed: must be from 0 to 2^63 - 1"),
+    ("1.5", "--seed: invalid seed_number value: '1.5'"),
+])
+def test_every_command_refuses_a_seed_that_is_none(command, number, said, tmp_path, capsys):
+    line = error_line(command.main, ["--out", str(tmp_path), "--seed", number], capsys)
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_command_with_a_seed_is_in_that_list():
+    with_a_seed = {str(path.relative_to(ROOT)) for folder in (".", "toy", "tools")
+                   for path in (ROOT / folder).glob("*.py") if '"--seed", ' in path.read_text()}
+    assert with_a_seed == {f"{module.__name__.replace('.', '/')}.py" for module in COMMANDS}
+
+
+def test_text_that_no_file_takes_is_refused():
+    parser = Parser("Does something.")
+    parser.add_argument("--prompt", type=utf8_text)
+    assert parser.parse_args(["--prompt", "赤い丸"]).prompt == "赤い丸"
+    with pytest.raises(LensError, match="--prompt: invalid utf8_text value"):
+        parser.parse_args(["--prompt", "k\udcfchn"])              # "kühn" in Latin-1
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -326,6 +388,33 @@ def test_notice_of_sigterm():
         signal.signal(signal.SIGTERM, before)
 
 
+class Numbers(torch.utils.data.Dataset):
+    def __getitem__(self, k):
+        return k
+
+
+def test_no_worker_of_a_loader_dies_of_sigterm():
+    """It goes to every process of a group. They come in order, and none is missing."""
+    batches = iter(make_loader(Numbers(), range(40), workers=2, prefetch=2))
+    numbers = [next(batches), next(batches)]
+    workers = [str(worker.pid) for worker in multiprocessing.active_children()]
+    assert len(workers) == 2
+    subprocess.run(["kill", "-TERM", *workers], check=True)
+    numbers += list(batches)
+    assert numbers == list(range(40))
+    assert list(make_loader(Numbers(), [3, 1], workers=0)) == [3, 1]
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5}, raising=False)
+    assert usable_cores() == 1
+    assert train.arguments([]).workers == 1
+    monkeypatch.delattr(os, "sched_getaffinity")                  # as on a Mac
+    assert usable_cores() == 64
+    assert train.arguments([]).workers == 4
+
+
 # --- Random numbers, learning rate, averages ------------------------------------------------------
 
 def first_draw(*key):
@@ -340,6 +429,13 @@ def test_a_generator_is_a_function_of_its_key():
     state = torch.get_rng_state()
     first_draw(0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("key", [(-1,), (3, -1), (-3, 1)])
+def test_a_negative_number_is_no_other_streams_key(key):
+    """-1 and 1 once gave the same draws."""
+    with pytest.raises(LensError, match="no number may be negative"):
+        generator(*key)
 
 
 def test_a_generators_first_numbers_stay_what_they_were():
@@ -408,6 +504,22 @@ def test_a_device_is_checked():
     assert pick_device() == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(LensError, match="--device abacus: not a device"):
         pick_device("abacus")
+    assert pick_device("cpu:0") == "cpu"           # all else asks whether it is "cpu"
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "mps:0"])
+def test_a_device_of_another_kind_is_one_line(name):
+    with pytest.raises(LensError, match=f"--device {name}: this code runs on cpu and cuda alone"):
+        pick_device(name)
+
+
+def test_a_gpu_beyond_those_that_are_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda") == "cuda"
+    assert pick_device("cuda:1") == "cuda:1"
+    with pytest.raises(LensError, match="--device cuda:2: there are 2 CUDA devices here"):
+        pick_device("cuda:2")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
@@ -419,7 +531,7 @@ def test_a_gpu_that_is_not_there_is_an_error():
 def test_a_precision_is_as_asked_or_measured(monkeypatch):
     assert pick_dtype("cpu", "bf16")[0] == torch.bfloat16
     assert pick_dtype("cpu", "fp32")[0] == torch.float32
-    assert pick_dtype("cuda")[0] == torch.bfloat16
+    assert pick_dtype("cuda")[0] == torch.bfloat16 or torch.cuda.is_available()
 
     def pretend(ratio):
         def race(runners, rounds, device):
@@ -433,6 +545,39 @@ def test_a_precision_is_as_asked_or_measured(monkeypatch):
         chosen, why = pick_dtype("cpu")
         assert chosen == dtype
         assert f"{ratio:.1f}x" in why
+
+
+@pytest.mark.parametrize("capability, dtype, why", [
+    ((7, 5), torch.float32, "this GPU has no bf16 in hardware"),      # T4
+    ((6, 1), torch.float32, "this GPU has no bf16 in hardware"),
+    ((8, 0), torch.bfloat16, "the GPU's fast type"),                  # A100
+    ((9, 0), torch.bfloat16, "the GPU's fast type"),
+])
+def test_a_gpu_computes_in_bf16_where_its_hardware_does(capability, dtype, why, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)     # by emulation
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert pick_dtype("cuda") == (dtype, why)
+    assert pick_dtype("cuda", "bf16")[0] == torch.bfloat16            # as asked
+
+
+def test_without_a_compiler_all_goes_on_uncompiled(capsys):
+    """With the error of PyTorch's own search for one."""
+    model = random_model()
+    kit.run.why_not_compiled.cache_clear()
+    torch._dynamo.reset()                          # or an earlier trial's program would be taken
+    try:
+        with torch._inductor.config.patch("cpp.cxx", (None, "/no/such/compiler")):
+            assert compile_blocks(model) is False
+            assert compile_blocks(model, fullgraph=False) is False
+    finally:
+        kit.run.why_not_compiled.cache_clear()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert said[0].startswith("note: --compile: going on without")
+    assert "No working C++ compiler found" in said[0]
+    assert all(block._compiled_call_impl is None for block in model.transformer_blocks)
+    assert not model.records_graphs
 
 
 ON_CPU = ("flash", "math")                         # the kernels that a CPU has

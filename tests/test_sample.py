@@ -1,7 +1,9 @@
 """sample.py: the sampler against the reference's numbers, its invariances, the cache of prompt
 features, and the command line on a nano model."""
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ import sample
 import vae
 from kit.checkpoint import load_pipeline, load_transformer, save_pipeline
 from kit.files import LensError, write_json, write_safetensors
-from kit.images import from_pil
+from kit.images import from_pil, read_notes
 from kit.lora import add_lora, lora_parameters, save_lora
 from toy.checker import token_diversity
 from toy.language import toy_tokenizer
@@ -451,6 +453,80 @@ def test_a_disk_that_takes_nothing_costs_the_cache_alone(nano, tmp_path, capsys)
     assert notes[0].startswith("note: prompt features were not cached: cannot write")
 
 
+def test_a_cache_that_cannot_be_read_costs_the_cache_alone(nano, tmp_path, capsys):
+    """Another user's folder was once a traceback; so is a name that the file system refuses."""
+    features = cached(nano, ["a red circle"], tmp_path / ("x" * 300))
+    assert features[0] is not None
+    assert capsys.readouterr().err.startswith("note: prompt features were not cached: cannot write")
+
+
+def test_an_entry_without_features_is_made_again(nano, tmp_path):
+    first = cached(nano, ["a red circle"], tmp_path)[0]
+    (entry,) = tmp_path.iterdir()
+    write_safetensors(entry, {"other": torch.zeros(1)})
+    assert torch.equal(cached(nano, ["a red circle"], tmp_path)[0], first)
+
+
+def test_the_oldest_entries_of_the_cache_go_first(tmp_path):
+    names = [letter * 64 for letter in "bac"]      # the oldest first
+    for age, name in enumerate(names):
+        entry = tmp_path / f"{name}.safetensors"
+        entry.write_bytes(bytes(100))
+        os.utime(entry, (1000 + age, 1000 + age))
+    others = [tmp_path / "model.safetensors", tmp_path / "notes.txt"]
+    for other in others:
+        other.write_bytes(bytes(1000))
+        os.utime(other, (1, 1))
+
+    def kept():
+        return sorted(path.name[0] for path in tmp_path.glob("?" * 64 + ".safetensors"))
+
+    sample.trim_cache(tmp_path, limit=300)
+    assert kept() == ["a", "b", "c"]
+    sample.trim_cache(tmp_path, limit=299)
+    assert kept() == ["a", "c"]
+    sample.trim_cache(tmp_path, limit=1)
+    assert kept() == []
+    assert all(other.exists() for other in others)
+    sample.trim_cache(tmp_path / "none")           # nothing to do, and no error
+
+
+def test_the_cache_is_trimmed_when_it_has_grown(nano, tmp_path, monkeypatch):
+    trimmed = []
+    monkeypatch.setattr(sample, "trim_cache", trimmed.append)
+    cached(nano, ["a red circle"], tmp_path)
+    cached(nano, ["a red circle"], tmp_path)       # nothing new
+    assert trimmed == [str(tmp_path)]
+
+
+def test_many_prompts_are_kept_as_they_are_encoded(nano, pipeline, tmp_path):
+    """A kill costs the last 64, not all."""
+    prompts = [f"{'a ' * (k % 3)}red circle {k}" for k in range(70)]
+
+    class DiesInTheSecond:
+        calls = 0
+
+        def encode_each(self, few):
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            return pipeline[2].encode_each(few)
+
+    with pytest.raises(KeyboardInterrupt):
+        sample.cached_features(nano, prompts, "cpu", torch.float32, cache=str(tmp_path),
+                               encoder=DiesInTheSecond())
+    assert len(list(tmp_path.iterdir())) == 64
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert sample.default_cache() == ""
+    assert sample.arguments(["--prompt", "a star"]).cache == ""
+
+
 # --- Evaluation -----------------------------------------------------------------------------------
 
 def test_evaluation_measures_diversity_where_asked(pipeline):
@@ -532,6 +608,178 @@ def test_prompt_to_png_with_its_story(nano, tmp_path, capsys):
     assert not list(tmp_path.rglob("*.new"))
 
 
+def asks_for(nano, tmp_path, *arguments):
+    """Runs sample.py in tmp_path/o, with two steps."""
+    run_sample("--weights", nano, "--dtype", "fp32", "--cache", "", "--steps", 2,
+               "--out", tmp_path / "o", *arguments)
+
+
+def written(folder):
+    """{path: bytes} of the pictures in a folder, but for the sheets."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*.png"))
+            if not path.name.startswith("sheet")}
+
+
+THREE = ["--prompt", "a red circle", "--prompt", "two blue stars above", "--prompt", "a star"]
+
+
+def test_pictures_are_written_as_they_are_made_and_not_made_again(nano, tmp_path, monkeypatch,
+                                                                  capsys):
+    """Three prompts of three lengths are three batches; Ctrl-C comes in the second."""
+    generate, asked = sample.generate, []
+
+    def generate_one(prompts, *inputs, **how):
+        asked.append(prompts)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return generate(prompts, *inputs, **how)
+
+    monkeypatch.setattr(sample, "generate", generate_one)
+    with pytest.raises(KeyboardInterrupt):
+        asks_for(nano, tmp_path, *THREE)
+    assert "stopped: 1 of 3 pictures are there" in capsys.readouterr().err
+    first = written(tmp_path / "o")
+    assert [path.name for path in first] == ["a-red-circle-0.png"]
+
+    asks_for(nano, tmp_path, *THREE)
+    assert "1 of 3 pictures are there already" in capsys.readouterr().out
+    assert asked[2:] == [["two blue stars above"], ["a star"]]
+    every = written(tmp_path / "o")
+    assert len(every) == 3
+    assert first.items() <= every.items()
+
+    # As in one go; and where all is there, no model is loaded.
+    asks_for(nano, tmp_path / "whole", *THREE)
+    assert list(written(tmp_path / "whole" / "o").values()) == list(every.values())
+    monkeypatch.setattr(sample, "load_pipeline", None)
+    asks_for(nano, tmp_path, *THREE)
+    said = capsys.readouterr().out
+    assert "3 of 3 pictures are there already" in said
+    assert all(str(path) in said for path in every)
+    assert written(tmp_path / "o") == every
+
+
+def test_no_picture_is_written_over_by_another(copied, tmp_path):
+    """Each of these changes the picture, and none the beginning of its name."""
+    lora = tmp_path / "lora"
+    start = tmp_path / "start.png"
+    Image.new("RGB", (64, 64), "red").save(start)
+
+    def save_a_lora(size):
+        tuned = load_transformer(copied)
+        add_lora(tuned, 4, 8)
+        for p in lora_parameters(tuned):
+            torch.nn.init.constant_(p, size)
+        save_lora(tuned, lora)
+
+    long = "a red circle " * 5                     # 60 letters and more
+    before = {}
+    for change in (
+            [], ["--prompt", long + "on the left"], ["--steps", "1"], ["--guidance", "3"],
+            ["--negative", "a star"], ["--height", "48"], ["--lora", lora],
+            ["--lora", lora, "--lora-strength", "0.5"], "other lora", "other weights",
+            ["--image", start], ["--image", start, "--strength", "0.5"], ["--dtype", "bf16"]):
+        if change == ["--lora", lora]:
+            save_a_lora(0.1)
+        if change == "other lora":
+            save_a_lora(0.2)
+            change = ["--lora", lora]
+        if change == "other weights":
+            (weights,) = (copied / "vae").glob("*.safetensors")
+            os.utime(weights, (1, 1))
+            change = []
+        if "--prompt" not in change:
+            change = [*change, "--prompt", long]
+        asks_for(copied, tmp_path, *change)
+        after = written(tmp_path / "o")
+        assert len(after) == len(before) + 1, change
+        assert before.items() <= after.items(), change
+        before = after
+    names = {path.name for path in before}
+    assert {f"{'-'.join(long.split())[:60]}-0{n}.png" for n in ("", "_2", "_13")} <= names
+
+
+def test_a_place_that_was_taken_meanwhile_is_left_alone(tmp_path):
+    """Two processes may write into one folder."""
+    white, red = Image.new("RGB", (4, 4), "white"), Image.new("RGB", (4, 4), "red")
+    path = tmp_path / "a-star-0.png"
+    assert sample.save_new(white, path, {"seed": 0}) == path
+    other = sample.save_new(red, path, {"seed": 1})
+    assert other == tmp_path / "a-star-0_2.png"
+    assert sample.save_new(red, path, {"seed": 1}) == other
+    assert Image.open(path).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_many_pictures_are_on_several_sheets_of_small_ones(nano, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "SHEET", 2)
+    monkeypatch.setattr(sample, "SHEET_SIDE", 32)
+    asks_for(nano, tmp_path, *THREE)
+    sheets = sorted((tmp_path / "o").glob("sheet*.png"))
+    assert [path.name for path in sheets] == ["sheet-1.png", "sheet-2.png"]
+    assert Image.open(sheets[0]).size == (32 + 4 + 32, 32)
+    assert Image.open(sheets[1]).size == (32, 32)
+    assert f"all of them in {sheets[0]} {sheets[1]}" in capsys.readouterr().out
+    asks_for(nano, tmp_path, *THREE, "--guidance", 3)             # a sheet is a picture, too
+    assert len(list((tmp_path / "o").glob("sheet*.png"))) == 4
+
+
+def test_a_name_fits_a_file_system_in_every_script():
+    assert sample.file_name("A red, circle!") == "a-red-circle"
+    assert sample.file_name("...") == "picture"
+    for letter in ("a", "é", "赤", "𝐀"):            # of 1 to 4 bytes
+        name = sample.file_name(letter * 100)
+        assert set(name) <= {letter, letter.lower()}
+        assert 45 <= len(name) <= 60
+        assert len(name.encode()) <= 180
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg", ".jpeg", ".webp", ".PNG", ".JPG"])
+def test_out_may_be_a_file_with_its_story(ending, nano, tmp_path, capsys):
+    out = tmp_path / "new" / f"picture{ending}"
+    command = ["--weights", nano, "--dtype", "fp32", "--cache", "", "--out", out, "--steps", 2,
+               "--prompt", "赤い a red circle"]
+    run_sample(*command)
+    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    picture = Image.open(out)
+    assert picture.size == (64, 64)
+    notes = read_notes(out)
+    assert notes["prompt"] == "赤い a red circle"
+    assert (notes["seed"], notes["steps"], notes["guidance"]) == ("0", "2", "2.0")
+
+    content = out.read_bytes()
+    run_sample(*command)
+    assert "1 of 1 pictures are there already" in capsys.readouterr().out
+    with pytest.raises(LensError, match="is there already, with another seed: give another --out"):
+        run_sample(*command, "--seed", 1)
+    assert out.read_bytes() == content
+
+
+def test_several_pictures_of_a_file_name_are_numbered(nano, tmp_path):
+    asks_for(nano, tmp_path, "--prompt", "a star", "--num", 2, "--seed", 7,
+             "--out", tmp_path / "star.webp")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["star-0.webp", "star-1.webp"]
+    assert read_notes(tmp_path / "star-1.webp")["seed"] == "8"
+
+
+def test_a_photo_under_the_name_of_out_stays(nano, tmp_path, capsys):
+    photo = tmp_path / "photo.jpg"
+    Image.new("RGB", (64, 64)).save(photo)
+    content = photo.read_bytes()
+    command = ["--weights", str(nano), "--prompt", "x", "--image", str(photo), "--out", str(photo)]
+    line = error_line(sample.main, command, capsys)
+    assert f"{photo} is there already, and is not ours" in line
+    assert photo.read_bytes() == content
+
+
+def test_a_folder_may_be_named_as_a_picture(nano, tmp_path):
+    (tmp_path / "o.png").mkdir()
+    asks_for(nano, tmp_path, "--prompt", "a star", "--out", tmp_path / "o.png")
+    assert [path.name for path in (tmp_path / "o.png").iterdir()] == ["a-star-0.png"]
+    asks_for(nano, tmp_path, "--prompt", "a star", "--out", tmp_path / "v1.5")
+    assert [path.name for path in (tmp_path / "v1.5").iterdir()] == ["a-star-0.png"]
+
+
 def test_cached_features_spare_the_encoder_and_give_the_same_picture(nano, tmp_path, monkeypatch,
                                                                      capsys):
     command = ["--weights", nano, "--prompt", "a blue circle", "--cache", tmp_path / "c",
@@ -591,6 +839,18 @@ def test_a_geneval_file_is_written_in_its_evaluators_folders(nano, tmp_path):
         assert json.loads((folder / "metadata.jsonl").read_text()) == row
         names = sorted(path.name for path in (folder / "samples").iterdir())
         assert names == ["0000.png", "0001.png"]
+
+    # The names are the evaluator's, so another command there would have to write over them.
+    before = written(tmp_path / "o")
+    command = ["--weights", nano, "--num", 2, "--out", tmp_path / "o", "--cache", ""]
+    run_sample(*command, "--prompts-file", prompts)
+    with pytest.raises(LensError, match="0000.png is there already, with another steps"):
+        run_sample(*command, "--prompts-file", prompts, "--steps", 1)
+    rows[1]["tag"] = "other"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(LensError, match="metadata.jsonl is of other prompts"):
+        run_sample(*command, "--prompts-file", prompts)
+    assert written(tmp_path / "o") == before
 
 
 def test_eval_ends_with_a_line_of_json(nano, tmp_path, capsys):
@@ -659,6 +919,19 @@ HAS_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
     (["--prompts-file", "{bad}/blank.txt"], "no prompts"),
     (["--prompt", "x", "--image", "{bad}/blank.txt"], "cannot read --image"),
     (["--prompt", "x", "--strength", "1.5"], "--strength"),
+    (["--prompt", "x", "--strength", "0.5"], "add --image"),
+    (["--prompt", "x", "--lora-strength", "0.5"], "add --lora"),
+    (["--prompt", "x", "--model", "m"], "add --endpoint"),
+    (["--prompt", "x", "--per-task", "9"], "--eval: add it"),
+    (["--prompt", "x", "--requests", "brief"], "--eval: add it"),
+    (["--prompt", "x", "--negative", "y", "--guidance", "1"], "--negative has no effect"),
+    (["--eval", "--negative", "y"], "leave out --negative"),
+    (["--eval", "--num", "2"], "leave out --negative, --image and --num"),
+    (["--eval", "--image", "{bad}/blank.txt"], "leave out --negative, --image"),
+    (["--eval", "--prompts-file", "{bad}/blank.txt"], "give one of"),
+    (["--prompt", "k\udcfchn"], "--prompt: invalid utf8_text"),
+    (["--prompt", "x", "--out", "{bad}/picture.gif"], "are written as .png, .jpg, .jpeg, .webp"),
+    (["--eval", "--out", "{bad}/picture.png"], "fill a folder"),
     (["--prompt", "x", "--steps", "0"], "--steps"),
     (["--prompt", "x", "--steps", "many"], "--steps"),
     (["--prompt", "x", "--out", "{bad}/blank.txt/folder"], "cannot write"),

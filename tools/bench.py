@@ -184,7 +184,7 @@ def make_subject(size, device, dtype, fp8=False, compiled=False):
     rounded = to_fp8(copy.deepcopy(model)) if fp8 else None
 
     if compiled:                       # as sample.py --compile does it
-        compile_blocks(model, vae, graphs=device != "cpu")
+        compiled = compile_blocks(model, vae, graphs=device != "cpu")
         if rounded is not None:
             compile_blocks(rounded, graphs=device != "cpu")
     return Subject(size, model, vae, plain_vae, encoder, device, dtype, rounded, compiled)
@@ -302,7 +302,7 @@ def make_trainee(size, device, dtype, recompute="none", compiled=False):
         p.requires_grad_(name not in unread)
     model.set_recompute(recompute)
     if compiled:
-        compile_blocks(model, fullgraph=False)               # recomputation breaks the graph
+        compiled = compile_blocks(model, fullgraph=False)    # recomputation breaks the graph
 
     optimizers = train.make_optimizers(model, stage)
     make_moments(optimizers)

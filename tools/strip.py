@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 import lens  # noqa: E402  (the path above comes first)
 import sample  # noqa: E402
 from kit.checkpoint import PARTS, fetch, load_vae  # noqa: E402
-from kit.files import Parser, replace_file, run_command  # noqa: E402
+from kit.files import Parser, replace_file, run_command, seed_number  # noqa: E402
 from kit.images import contact_sheet  # noqa: E402
 from kit.run import pick_device  # noqa: E402
 
@@ -54,7 +54,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--prompt", default="a red circle to the left of a blue square")
     add("--weights", default=sample.TOY, metavar="DIR")
-    add("--seed", type=int, default=0)
+    add("--seed", type=seed_number, default=0)
     add("--out", default="strip.webp", metavar="FILE.webp")
     args = parser.parse_args(argv)
 

@@ -32,14 +32,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import data
 from kit.checkpoint import save_pipeline
-from kit.files import Parser, positive, require, run_command
+from kit.files import Parser, positive, require, run_command, seed_number
 from kit.images import contact_sheet, save_png, to_images, to_pil
-from kit.run import Log, Notice, average_decay, follow, ignore_sigterm, race, start_run
+from kit.run import Log, Notice, average_decay, follow, make_loader, race, start_run
 from kit.state import load_state, save_state
 from lens import SIZES
 from toy.world import COLORS, SHAPES, draw, random_scene
@@ -142,9 +142,7 @@ class Batches(Dataset):
 
 def batches_from(seed, first):
     """Batches `first`, `first` + 1, ... without end: one process draws while the other learns."""
-    loader = DataLoader(Batches(seed), batch_size=None, sampler=range(first, 1 << 30),
-                        num_workers=1, prefetch_factor=4, worker_init_fn=ignore_sigterm)
-    return iter(loader)
+    return iter(make_loader(Batches(seed), range(first, 1 << 30), workers=1, prefetch=4))
 
 
 # --- The start ------------------------------------------------------------------------------------
@@ -375,7 +373,7 @@ def learning_rate(step, done):
 
 def draw_noise(seed, step, shape):
     """Noise of this step alone, so that a resume is exact."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     return torch.randn(shape, generator=generator)
 
 
@@ -502,7 +500,7 @@ def main(argv=None):
     length.add_argument("--minutes", type=float, default=24, help="train this long")
     length.add_argument("--steps", type=positive, help="or this many steps")
     parser.add_argument("--size", default="toy", help="toy, nano (for tests) or full")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--semantic", type=float, default=0.1,
                         help="weight of the semantic term (0: none)")
     parser.add_argument("--kl", type=float, default=1e-3,

@@ -15,7 +15,6 @@ network's features: who knows what is to be drawn, and which part of it here, ca
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +22,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data import Batch
 from kit.files import open_safetensors, write_safetensors
 from kit.images import from_pil
-from kit.run import ignore_sigterm
+from kit.run import make_loader, usable_cores
 from toy.world import COLORS, SHAPES, caption, coverage, details_for, draw, random_scene
 
 CAPTIONS = 2                  # kept for each scene, each stating other details
@@ -197,9 +196,8 @@ def encode_world(stage, seed, vae, encoder, device):
     """
     chunks = plan_chunks(stage)
     encoding = Encoding(chunks, stage.shape_odds, seed, vae, encoder)
-    workers = os.cpu_count() if device == "cpu" else 0
-    loader = DataLoader(encoding, batch_size=None, sampler=range(len(chunks)), num_workers=workers,
-                        worker_init_fn=ignore_sigterm)
+    workers = usable_cores() if device == "cpu" else 0
+    loader = make_loader(encoding, range(len(chunks)), workers)
 
     parts_of, words = {}, set()
     bar = tqdm(total=sum(stage.scenes), desc="drawing and encoding scenes", unit="scene",

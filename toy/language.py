@@ -29,8 +29,8 @@ from tqdm import tqdm
 import data
 import lens
 from kit.checkpoint import save_pipeline
-from kit.files import Parser, not_negative, positive, require, run_command
-from kit.run import Log, Notice, ignore_sigterm, learning_rate_factor, start_run
+from kit.files import Parser, positive, require, run_command, seed_number
+from kit.run import Log, Notice, learning_rate_factor, make_loader, start_run
 from kit.state import check_same_run, load_state, save_state
 from toy.world import (
     COLORS,
@@ -470,9 +470,8 @@ def train_text(run, settings, folder, size, steps, save_every):
     log = Log(run, step)
     notice = Notice()
 
-    batches = torch.utils.data.DataLoader(
-        Sentences(tokenizer, run.seed, BATCH), batch_size=None, sampler=range(step, steps),
-        num_workers=1, worker_init_fn=ignore_sigterm)
+    sentences = Sentences(tokenizer, run.seed, BATCH)
+    batches = make_loader(sentences, range(step, steps), workers=1)
     bar = tqdm(batches, initial=step, total=steps, desc="text encoder", mininterval=2)
     for batch in bar:
         factor = learning_rate_factor(step, steps, WARMUP, DECAY)
@@ -506,7 +505,7 @@ def main(argv=None):
                              "(default: %(default)s)")
     parser.add_argument("--size", default="toy", help="toy or nano, which is for tests")
     parser.add_argument("--steps", type=positive, default=STEPS, help="default: %(default)s")
-    parser.add_argument("--seed", type=not_negative, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--save-every", type=positive, default=250, metavar="N", help="steps")
     parser.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")
     args = parser.parse_args(argv)
