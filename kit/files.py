@@ -146,7 +146,7 @@ def read_json_lines(path):
     a crash is left out."""
     rows = []
     if Path(path).exists():
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
+        for line in read_text(path).splitlines():
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return rows

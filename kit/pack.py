@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from kit.chat import chat_about
+from kit.chat import NoAnswer, chat_about, clean
 from kit.files import error_context, require, write_json, write_text
 from kit.images import ENDINGS, Fault, read_picture
 from kit.tars import Part, read, tar_parts, words_of, write_shards
@@ -227,12 +227,20 @@ def caption_request(candidate):
     return chat_about(read_picture(read(candidate.picture)), ASK_CAPTION)
 
 
+def written_caption(answer, _):
+    """The caption in a model's answer: without its thoughts and remarks. NoAnswer for a refusal."""
+    caption = clean(answer)
+    if not caption:
+        raise NoAnswer("a refusal, or no words")
+    return caption
+
+
 def write_captions(candidates, endpoint, faults):
     """Has the endpoint write each candidate's caption; where it fails, the old ones stay."""
-    answers = endpoint.ask(candidates, caption_request)
-    for candidate, answer in zip(candidates, answers, strict=True):
-        if answer:
-            candidate.captions = [answer]
+    captions = endpoint.ask(candidates, caption_request, written_caption)
+    for candidate, caption in zip(candidates, captions, strict=True):
+        if caption:
+            candidate.captions = [caption]
     faults.update(f"caption not written: {reason}" for reason in endpoint.failed)
 
 
@@ -253,6 +261,8 @@ def pack(images, out, limits, classifiers, endpoint=None, min_words=1, shard_mb=
     faults = Counter()
     samples = gather(images, faults)
     require(samples, f"--images {images}: no pictures there")
+    if endpoint:                                   # before all of them are read
+        endpoint.check(chat_about(Image.new("RGB", (64, 64), "grey"), ASK_CAPTION))
     write_text(out / UNFINISHED, "")
 
     table = [("read", len(samples))]

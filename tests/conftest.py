@@ -2,8 +2,9 @@
 a run's folder."""
 import json
 import os
+import socket
+import struct
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -115,32 +116,41 @@ def error_line(main, argv, capsys):
 
 class Chat(BaseHTTPRequestHandler):
     """An OpenAI-compatible endpoint that answers call k with entry k of `server.script`, over and
-    over. An entry is text, raw bytes, a status, a (status, headers) pair, "hang", "die", or a
-    function of the request."""
+    over. An entry is text, a dict (the message), raw bytes, a status, (status, headers) or
+    (status, headers, body), "hang", "die", "reset", "stall" in the middle of a body, or a function
+    of the request."""
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server = self.server
         server.calls.append(request)
         server.keys.append(self.headers["Authorization"])
+        server.agents.append(self.headers["User-Agent"])
         answer = server.script[(len(server.calls) - 1) % len(server.script)]
         if callable(answer):
             answer = answer(request)
         if answer == "hang":
-            time.sleep(2)
+            server.closing.wait(2)
+        elif answer == "stall":
+            self.reply(200, {"Content-Length": "1000"}, b'{"choices": [')
+            server.closing.wait(2)
         elif answer == "die":
+            self.connection.close()
+        elif answer == "reset":
+            at_once = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
             self.connection.close()
         elif isinstance(answer, int):
             self.reply(answer, {"Retry-After": "0"}, b"")
         elif isinstance(answer, tuple):
-            self.reply(*answer, b"")
+            self.reply(*answer)
         elif isinstance(answer, bytes):
             self.reply(200, {}, answer)
         else:
-            body = json.dumps({"choices": [{"message": {"content": answer}}]})
-            self.reply(200, {}, body.encode())
+            message = answer if isinstance(answer, dict) else {"content": answer}
+            self.reply(200, {}, json.dumps({"choices": [{"message": message}]}).encode())
 
-    def reply(self, status, headers, body):
+    def reply(self, status, headers, body=b""):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -155,8 +165,10 @@ class Chat(BaseHTTPRequestHandler):
 def start_server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Chat)
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    server.script, server.calls, server.keys = [], [], []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.script, server.calls, server.keys, server.agents = [], [], [], []
+    server.closing = threading.Event()             # no thread is left behind to hang
+    # Looks for the order to stop every 10 ms: each test waits for that at its end.
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     return server
 
 
@@ -165,5 +177,6 @@ def server():
     """One such server for a test: its url, script, the calls it got and the keys they carried."""
     running = start_server()
     yield running
+    running.closing.set()
     running.shutdown()
     running.server_close()
