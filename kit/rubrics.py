@@ -122,9 +122,6 @@ def verdicts(text, count):
 
     NoAnswer where they are not all there, or where the text holds two readings that differ: a part
     of an answer is not kept, since the parts that cannot be read are not yes and no alike.
-
-    >>> verdicts('Well: {"1": 1.0, "2": "No, it is blue."}', 2)
-    [True, False]
     """
     readings = []
     for value, _ in json_values(text):

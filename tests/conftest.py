@@ -1,5 +1,6 @@
 """What several tests share: a folder of nano parts, a chat server, steady choices, and how to read
 a run's folder."""
+import contextlib
 import json
 import os
 import socket
@@ -162,21 +163,32 @@ class Chat(BaseHTTPRequestHandler):
         pass
 
 
-def start_server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Chat)
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    server.script, server.calls, server.keys, server.agents = [], [], [], []
-    server.closing = threading.Event()             # no thread is left behind to hang
-    # Looks for the order to stop every 10 ms: each test waits for that at its end.
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    return server
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64      # with 5, a sixth connection at once has to knock again after 1 s
+    daemon_threads = False       # server_close() waits for all of them
 
 
-@pytest.fixture
-def server():
-    """One such server for a test: its url, script, the calls it got and the keys they carried."""
-    running = start_server()
+@contextlib.contextmanager
+def serving(handler, host):
+    """A server on its own thread, with its url and an event `closing`. It leaves no thread behind:
+    loader workers that a later test forks beside one may hang for many seconds."""
+    running = Server(("127.0.0.1", 0), handler)
+    running.url = f"http://{host}:{running.server_port}/v1"
+    running.closing = threading.Event()
+    # Looks every 10 ms whether it is to stop: each test waits for that at its end.
+    thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
     yield running
     running.closing.set()
     running.shutdown()
     running.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def server():
+    """A chat server for a test: its url, script, and the calls that it got with their keys and user
+    agents."""
+    with serving(Chat, "127.0.0.1") as running:
+        running.script, running.calls, running.keys, running.agents = [], [], [], []
+        yield running

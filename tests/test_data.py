@@ -1,5 +1,6 @@
 """Sizes are the paper's, every bad file is counted, and an epoch is exact."""
 import json
+import multiprocessing
 import subprocess
 import sys
 import types
@@ -658,6 +659,7 @@ def test_an_error_in_a_worker_is_one_line(tmp_path, vae, workers):
     with pytest.raises(LensError, match="^20 samples in a row cannot be read; the last: ") as error:
         list(source.stream(planned))
     assert "\n" not in str(error.value)
+    assert multiprocessing.active_children() == []    # though the error keeps its traceback
 
 
 def test_a_source_names_what_it_replaced(tmp_path, vae):

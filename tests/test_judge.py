@@ -1,5 +1,4 @@
 """Prompts with rubrics, judges, also behind a bad server, and the search for a system prompt."""
-import doctest
 import json
 import math
 import re
@@ -275,10 +274,6 @@ def test_an_answer_of_a_judge_is_read_whole_or_not_at_all(text, expected):
         return
     with pytest.raises(NoAnswer, match="nonsense"):
         kit_rubrics.verdicts(text, 2)
-
-
-def test_the_example_of_verdicts():
-    assert doctest.run_docstring_examples(kit_rubrics.verdicts, vars(kit_rubrics)) is None
 
 
 def all_yes(request):
