@@ -494,17 +494,22 @@ class ShardSource:
         # Reading of a whole batch.
         loader = iter(make_loader(ErrorsAsResults(self.shards), planned, self.workers,
                                   pin_memory=self.device != "cpu"))
-        for bucket, samples, epoch in planned:
-            begin = time.perf_counter()
-            reading = next(loader)
-            self.waited = time.perf_counter() - begin
-            if isinstance(reading, LensError):
-                raise reading
+        try:
+            for bucket, samples, epoch in planned:
+                begin = time.perf_counter()
+                reading = next(loader)
+                self.waited = time.perf_counter() - begin
+                if isinstance(reading, LensError):
+                    raise reading
 
-            tokens = self.encode_pixels(reading.pixels)
-            text, mask = text_and_mask(self.encoder, reading.captions)
-            yield Batch(samples, epoch, grid_of(self.sizes[bucket]), text, mask,
-                        tokens=tokens, faults=reading.faults)
+                tokens = self.encode_pixels(reading.pixels)
+                text, mask = text_and_mask(self.encoder, reading.captions)
+                yield Batch(samples, epoch, grid_of(self.sizes[bucket]), text, mask,
+                            tokens=tokens, faults=reading.faults)
+        finally:
+            # Ends the workers now. An error's traceback would keep the loader for the garbage
+            # collector, which closes their pipes first and then waits five seconds for each.
+            del loader
 
     def encode_pixels(self, pixels):
         """A Reading's pixels as a tensor, pictures or latents that `cache` wrote, -> tokens

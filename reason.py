@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 import lens
-from kit.chat import clean, parse_json
+from kit.chat import NoAnswer, clean, parse_json
 from kit.files import first_few, read_json_lines, require, write_json_lines, write_text
 from kit.rubrics import reward_of
 
@@ -109,16 +109,21 @@ def endpoint_writer(endpoint):
             return [None] * len(requests)
         chats = [[{"role": "system", "content": system}, {"role": "user", "content": request}]
                  for request in requests]
-        answers = endpoint.ask(chats)
-
+        unanswered_before = endpoint.unanswered
+        answers = endpoint.ask(chats, read=with_prompt)
+        unanswered = endpoint.unanswered - unanswered_before
         reasons = ", ".join(sorted(set(endpoint.failed)))
-        require(any(answer is not None for answer in answers),
-                f"no answer from the reasoner at {endpoint.url} ({reasons}): --endpoint URL goes "
-                "up to and with /v1, --model NAME is one that it serves, its key is read from the "
-                "environment variable LENS_API_KEY")
+        require(unanswered < len(requests), endpoint.silence(reasons))
         return answers
 
     return writes
+
+
+def with_prompt(answer, _):
+    """The raw answer itself. NoAnswer where no prompt is in it: the journal keeps no refusals."""
+    if not clean(answer):
+        raise NoAnswer("a refusal, or no words")
+    return answer
 
 
 LONGEST_ANSWER = 512      # tokens that the text encoder may write, its reasoning included [ours]
@@ -511,15 +516,21 @@ def propose_by(endpoint):
     It is told the failures and the last four others that were tried; the start counts as tried once
     it is not the best any more. An unusable answer gives None, which ends the search.
     """
+    def read(answer):
+        found = parse_json(answer) or {}
+        proposed = lens.strip_markers(str(found.get("system_prompt") or "")).strip()
+        if not proposed:
+            raise NoAnswer("no system prompt")
+        return proposed
+
     def propose(system, failures, tried):
         others = [text for text in tried if text != system]
         earlier = "".join(TRIED_BEFORE.format(text=text) for text in others[-4:])
         question = ASK_PROPOSER.format(system=system, failures=failures, tried=earlier)
-        answer = parse_json(endpoint.one([{"role": "user", "content": question}]))
-        if not isinstance(answer, dict):
-            return None
-        proposed = lens.strip_markers(str(answer.get("system_prompt") or "")).strip()
-        if not proposed or proposed in tried:
+        proposed = endpoint.one([{"role": "user", "content": question}], read)
+        if proposed is None:
+            print(f"note: no system prompt from the proposer: {endpoint.failed[-1]}")
+        if proposed in tried:
             return None
         return proposed
 

@@ -31,6 +31,7 @@ a step (the paper does not name its own); the toy takes fewer and smaller groups
 smaller rank (`SETTINGS`).
 """
 import argparse
+import collections
 import functools
 import json
 import math
@@ -458,6 +459,12 @@ def picture_statistics(groups):
 
 # --- The loop -------------------------------------------------------------------------------------
 
+# A step is lost where more than this share of its pictures got no reward, and a run stops after so
+# many lost steps in a row: what would be learnt without rewards is nothing. [ours]
+LOST_SHARE = 0.5
+LOST_STEPS = 3
+
+
 @dataclass
 class Progress:
     """How far a run is: with adapters and moments, all that a resume needs."""
@@ -535,6 +542,7 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
             print(f"the base at guidance 1: {in_words(progress.base)}")
 
     log, notice, stop = Log(run, progress.step), Notice(), False
+    lost, lost_limit = 0, min(LOST_STEPS, settings.steps)
     bar = tqdm(total=settings.steps, initial=progress.step, desc="RL", unit="step",
                mininterval=2, disable=run.rank > 0)
     while progress.step < settings.steps and not stop:
@@ -545,7 +553,10 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
         progress.seconds += time.perf_counter() - begin
         row["seconds"] = round(progress.seconds, 2)
 
-        stop = any(gathered(notice.given))
+        is_lost = row["failures"] > LOST_SHARE * settings.prompts * settings.group
+        lost = lost + 1 if is_lost else 0
+
+        stop = any(gathered(notice.given)) or lost == lost_limit
         row |= watch_and_view(run, viewer, progress, row, schedule, bar)
         log(**row)
         if stop or due(schedule.save_every, progress.step, settings.steps):
@@ -555,6 +566,10 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
         bar.set_postfix_str(in_brief(row))
     bar.close()
 
+    require(lost < lost_limit,
+            f"stopped and saved at step {progress.step}: most pictures of {lost} steps in a row "
+            f"got no judgement, {dict(collections.Counter(judge.failed))}; once the judge answers "
+            "again, the same command goes on")
     if stop:
         run.say_stopped(progress.step)
     else:
@@ -777,7 +792,9 @@ def main(argv=None):
         if args.data is None and args.system_prompt is None:
             start = REWRITE                        # bare: all that helps is to be found
         if args.endpoint:
-            propose = reason.propose_by(Endpoint(args.endpoint, args.model, out / "proposer.jsonl"))
+            # A silent proposer ends the search, which can go on: it has not run out of ideas.
+            proposer = Endpoint(args.endpoint, args.model, out / "proposer.jsonl", patience=1)
+            propose = reason.propose_by(proposer)
 
         trials = make_trials(
             args.init, device, dtype, batch_size=min(32, settings.batch), size=size, start=start,
@@ -810,10 +827,13 @@ def main(argv=None):
 
 
 def make_judge(url, model, journal=None):
-    """The model behind the endpoint; where there is none, the toy world's checker."""
-    if url:
-        return EndpointJudge(url, model, journal)
-    return Checker()
+    """The model behind the endpoint, asked whether it is there; where none is named, the toy
+    world's checker."""
+    if not url:
+        return Checker()
+    judge = EndpointJudge(url, model, journal)
+    judge.check()
+    return judge
 
 
 def make_rows(path, seed, pool, tasks, sizes, style="dense"):

@@ -211,7 +211,9 @@ def read_json_lines(path):
     a crash is left out."""
     rows = []
     if Path(path).exists():
-        for line in Path(path).read_bytes().split(b"\n"):
+        with error_context(f"cannot read {path}"):
+            lines = Path(path).read_bytes().split(b"\n")
+        for line in lines:
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return rows

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from kit.chat import chat_about
+from kit.chat import NoAnswer, chat_about, clean
 from kit.files import (
     LensError,
     check_writable,
@@ -352,12 +352,20 @@ def caption_request(candidate):
     return chat_about(read_picture(read(candidate.picture)), ASK_CAPTION)
 
 
+def written_caption(answer, _):
+    """The caption in a model's answer: without its thoughts and remarks. NoAnswer for a refusal."""
+    caption = clean(answer)
+    if not caption:
+        raise NoAnswer("a refusal, or no words")
+    return caption
+
+
 def write_captions(candidates, endpoint, faults):
     """Has the endpoint write each candidate's caption; where it fails, the old ones stay."""
-    answers = endpoint.ask(candidates, caption_request)
-    for candidate, answer in zip(candidates, answers, strict=True):
-        if answer:
-            candidate.captions = [answer]
+    captions = endpoint.ask(candidates, caption_request, written_caption)
+    for candidate, caption in zip(candidates, captions, strict=True):
+        if caption:
+            candidate.captions = [caption]
     faults.update(f"caption not written: {reason}" for reason in endpoint.failed)
 
 
@@ -384,6 +392,8 @@ def pack(images, out, limits, classifiers, endpoint=None, min_words=1, shard_mb=
     hint = f" (skipped for their ending: {in_numbers(skipped)})" if skipped else ""
     require(samples, f"--images {images}: no pictures there{hint}")
     check_writable(out)
+    if endpoint:                                   # before all of them are read
+        endpoint.check(chat_about(Image.new("RGB", (64, 64), "grey"), ASK_CAPTION))
 
     kept, unusable = examine_all(samples)
     table.append(("unusable", len(kept)))

@@ -6,12 +6,14 @@ prompts, and a check whether a judge can be trusted.
 import collections
 import json
 import math
+import re
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
+from PIL import Image
 
-from kit.chat import Endpoint, chat_about, parse_json
+from kit.chat import Endpoint, NoAnswer, chat_about, json_values, parse_json
 from kit.files import error_context, one_form, read_text, require, write_json_lines
 
 # --- Prompts with rubrics -------------------------------------------------------------------------
@@ -83,8 +85,6 @@ Look at the picture. For each statement below, say whether it holds: 1 for yes, 
 Reply with one JSON object from the statement's number to 1 or 0, nothing else.
 """
 
-ANSWERS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-
 
 class EndpointJudge:
     """A vision-language model behind an OpenAI-compatible endpoint.
@@ -95,12 +95,18 @@ class EndpointJudge:
     """
 
     def __init__(self, url, model, journal, **how):
-        self.endpoint = Endpoint(url, model, journal, **how)
+        # However long it is silent: the run counts what fails, and saves before it stops.
+        self.endpoint = Endpoint(url, model, journal, temperature=0, patience=None, **how)
         self.failed = self.endpoint.failed
 
+    def check(self):
+        """LensError where the model does not answer, asked about a grey picture."""
+        blank = Image.new("RGB", (64, 64), "grey")
+        self.endpoint.check(self.question((blank, {"rubrics": [COHERENT]})))
+
     def __call__(self, pictures, rows):
-        texts = self.endpoint.ask(list(zip(pictures, rows)), messages=self.question)
-        return [self.read(text, row) for text, row in zip(texts, rows)]
+        answers = self.endpoint.ask(list(zip(pictures, rows)), self.question, self.read)
+        return [known or [None] * len(row["rubrics"]) for known, row in zip(answers, rows)]
 
     @staticmethod
     def question(item):
@@ -108,16 +114,77 @@ class EndpointJudge:
         statements = [f"{k}. {rubric['check']}" for k, rubric in enumerate(row["rubrics"], start=1)]
         return chat_about(picture, ASK_JUDGE + "\n".join(statements))
 
-    def read(self, text, row):
-        """The model's text -> an answer for each rubric."""
-        found = parse_json(text)
-        if not isinstance(found, dict):
-            found = {}
-        numbers = range(1, len(row["rubrics"]) + 1)
-        answers = [ANSWERS.get(str(found.get(str(k))).lower()) for k in numbers]
-        if text is not None and None in answers:
-            self.failed.append("nonsense")
-        return answers
+    @staticmethod
+    def read(text, item):
+        _, row = item
+        return verdicts(text, len(row["rubrics"]))
+
+
+def verdicts(text, count):
+    """A judge's text -> [True or False], one for each of `count` statements.
+
+    NoAnswer where they are not all there, or where the text holds two readings that differ: a part
+    of an answer is not kept, since the parts that cannot be read are not yes and no alike.
+    """
+    readings = []
+    for value, _ in json_values(text):
+        reading = reading_of(value, count)
+        if reading is not None and reading not in readings:
+            readings.append(reading)
+    if len(readings) != 1:
+        raise NoAnswer("nonsense")
+    return readings[0]
+
+
+def reading_of(value, count):
+    """A JSON value -> [True or False] for each statement, or None.
+
+    Forms: {"1": yes, "2": no}, the same inside {"answers": ...}, [yes, no], [{"1": yes}, {"2": no}]
+    """
+    if isinstance(value, dict) and len(value) == 1:
+        (inside,) = value.values()
+        if isinstance(inside, (dict, list)):
+            value = inside
+
+    pairs = []
+    if isinstance(value, dict):
+        pairs = list(value.items())
+    elif isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        pairs = [pair for one in value for pair in one.items()]
+    elif isinstance(value, list):
+        pairs = list(enumerate(value, start=1))
+
+    said = {}                                      # {statement's number: True, False or None}
+    for name, answer in pairs:
+        number = STATEMENT.fullmatch(str(name))
+        if number is None:                         # a remark beside the answers
+            continue
+        if int(number[1]) in said:
+            return None
+        said[int(number[1])] = verdict_of(answer)
+    if sorted(said) != list(range(1, count + 1)) or None in said.values():
+        return None
+    return [said[k] for k in range(1, count + 1)]
+
+
+# "1", "2.", "Statement 3", "s_4"; not "2 cats".
+STATEMENT = re.compile(r"\W*(?:statement|claim|rubric|item|no|q|s)?[\W_]*(\d+)\W*", re.I)
+
+# A word of yes or no, alone or before a sign that sets a reason apart: "No, it is blue." but not
+# "no idea", "0.5" or "yes and no".
+VERDICT = re.compile(
+    r"""[\s*_"'`(]*(yes|true|1|no|false|0)(?:\.0+)?[\s*_"'`)]*(?:[.,;:!(–—-](?!\d).*)?""",
+    re.I | re.S)
+
+
+def verdict_of(value):
+    """1, 1.0, true, "yes", "Yes - clearly" -> True, their opposites False, anything else None."""
+    if not isinstance(value, (str, int, float)):
+        return None
+    match = VERDICT.fullmatch(str(value))          # of True: "True"
+    if match is None:
+        return None
+    return match[1].lower() in ("yes", "true", "1")
 
 
 # --- What the answers say -------------------------------------------------------------------------
@@ -203,13 +270,14 @@ Reply with one JSON object, nothing else: \
 def write_prompts(path, url, model, pool, seed):
     """A language model fills the taxonomy: about `pool` prompts with rubrics, lines of `path`.
 
-    Every answer is kept beside the file, so the same command again asks only for what is missing.
+    Every answer that could be used is kept beside the file, so the same command again asks only
+    for what is missing.
     """
     endpoint = Endpoint(url, model, f"{path}.answers")
+    endpoint.check([{"role": "user", "content": "Are you there? Reply with one word."}])
     plans = plan_prompts(endpoint, pool, seed)
-    answers = endpoint.ask(plans, messages=ask_for_row)
-    rows = [written_row(plan, answer) for plan, answer in zip(plans, answers)]
-    rows = [row for row in rows if row]
+    answers = endpoint.ask(plans, ask_for_row, written_row)
+    rows = [row for row in answers if row]
 
     counts = collections.Counter(row["category"] for row in rows)
     for category in TAXONOMY:
@@ -233,17 +301,25 @@ def plan_prompts(endpoint, pool, seed):
         words = WRITE_ITEMS.format(count=each, sub=sub, category=category)
         return [{"role": "user", "content": words}]
 
-    answers = endpoint.ask(subs, messages=ask_for_items)
+    answers = endpoint.ask(subs, ask_for_items, listed_items)
     rng = np.random.default_rng(seed)
     plans = []
     for (category, sub), answer in zip(subs, answers):
-        items = parse_json(answer, "[") or []
-        for item in items[:each]:
+        for item in (answer or [])[:each]:
             order = rng.permutation(DIMENSIONS)
             dimensions = order[:rng.integers(1, 5)].tolist()
-            plans.append({"category": category, "subcategory": sub, "item": str(item),
+            plans.append({"category": category, "subcategory": sub, "item": item,
                           "dimensions": dimensions})
     return plans
+
+
+def listed_items(answer, _):
+    """[str] of a language model's answer."""
+    items = parse_json(answer, "[") or []
+    items = [item for item in items if isinstance(item, str) and item.strip()]
+    if not items:
+        raise NoAnswer("no list of things")
+    return items
 
 
 def ask_for_row(plan):
@@ -252,19 +328,17 @@ def ask_for_row(plan):
     return [{"role": "user", "content": words}]
 
 
-def written_row(plan, answer):
-    """A line of the file from a language model's answer; None where the answer is unusable."""
-    given = parse_json(answer)
-    if not isinstance(given, dict):
-        return None
+def written_row(answer, plan):
+    """A line of the file from a language model's answer; NoAnswer where the answer is unusable."""
+    given = parse_json(answer) or {}
     prompt, listed = given.get("prompt"), given.get("rubrics")
     if not isinstance(prompt, str) or not prompt.strip() or not isinstance(listed, list):
-        return None
+        raise NoAnswer("no prompt with rubrics")
 
     rubrics = [{"name": str(rubric["name"]), "check": str(rubric["check"])}
                for rubric in listed[:10]
                if isinstance(rubric, dict) and {"name", "check"} <= rubric.keys()]
     if not rubrics:
-        return None
+        raise NoAnswer("no prompt with rubrics")
     rubrics[-1]["held_out"] = len(rubrics) > 3     # one fact of each prompt that no reward sees
     return {**plan, "prompt": prompt.strip(), "rubrics": rubrics}

@@ -1,9 +1,11 @@
 """What several tests share: a folder of nano parts, a chat server, steady choices, and how to read
 a run's folder."""
+import contextlib
 import json
 import os
+import socket
+import struct
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -115,32 +117,41 @@ def error_line(main, argv, capsys):
 
 class Chat(BaseHTTPRequestHandler):
     """An OpenAI-compatible endpoint that answers call k with entry k of `server.script`, over and
-    over. An entry is text, raw bytes, a status, a (status, headers) pair, "hang", "die", or a
-    function of the request."""
+    over. An entry is text, a dict (the message), raw bytes, a status, (status, headers) or
+    (status, headers, body), "hang", "die", "reset", "stall" in the middle of a body, or a function
+    of the request."""
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server = self.server
         server.calls.append(request)
         server.keys.append(self.headers["Authorization"])
+        server.agents.append(self.headers["User-Agent"])
         answer = server.script[(len(server.calls) - 1) % len(server.script)]
         if callable(answer):
             answer = answer(request)
         if answer == "hang":
-            time.sleep(2)
+            server.closing.wait(2)
+        elif answer == "stall":
+            self.reply(200, {"Content-Length": "1000"}, b'{"choices": [')
+            server.closing.wait(2)
         elif answer == "die":
+            self.connection.close()
+        elif answer == "reset":
+            at_once = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
             self.connection.close()
         elif isinstance(answer, int):
             self.reply(answer, {"Retry-After": "0"}, b"")
         elif isinstance(answer, tuple):
-            self.reply(*answer, b"")
+            self.reply(*answer)
         elif isinstance(answer, bytes):
             self.reply(200, {}, answer)
         else:
-            body = json.dumps({"choices": [{"message": {"content": answer}}]})
-            self.reply(200, {}, body.encode())
+            message = answer if isinstance(answer, dict) else {"content": answer}
+            self.reply(200, {}, json.dumps({"choices": [{"message": message}]}).encode())
 
-    def reply(self, status, headers, body):
+    def reply(self, status, headers, body=b""):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -152,18 +163,32 @@ class Chat(BaseHTTPRequestHandler):
         pass
 
 
-def start_server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Chat)
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    server.script, server.calls, server.keys = [], [], []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64      # with 5, a sixth connection at once has to knock again after 1 s
+    daemon_threads = False       # server_close() waits for all of them
+
+
+@contextlib.contextmanager
+def serving(handler, host):
+    """A server on its own thread, with its url and an event `closing`. It leaves no thread behind:
+    loader workers that a later test forks beside one may hang for many seconds."""
+    running = Server(("127.0.0.1", 0), handler)
+    running.url = f"http://{host}:{running.server_port}/v1"
+    running.closing = threading.Event()
+    # Looks every 10 ms whether it is to stop: each test waits for that at its end.
+    thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield running
+    running.closing.set()
+    running.shutdown()
+    running.server_close()
+    thread.join()
 
 
 @pytest.fixture
 def server():
-    """One such server for a test: its url, script, the calls it got and the keys they carried."""
-    running = start_server()
-    yield running
-    running.shutdown()
-    running.server_close()
+    """A chat server for a test: its url, script, and the calls that it got with their keys and user
+    agents."""
+    with serving(Chat, "127.0.0.1") as running:
+        running.script, running.calls, running.keys, running.agents = [], [], [], []
+        yield running

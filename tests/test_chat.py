@@ -4,11 +4,14 @@ import doctest
 import io
 import json
 import random
-import threading
+import urllib.request
+import urllib.response
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from email.message import Message
+from http.server import BaseHTTPRequestHandler
 
 import pytest
+from conftest import serving
 from PIL import Image
 
 import lens
@@ -79,6 +82,10 @@ ANSWERS = [
     ("Lo siento, no puedo ayudar con eso.", ""),
     ("Es tut mir leid, das geht nicht.", ""),
     ("<think>unsafe</think>I can't help with that.", ""),
+    ("I apologize, but I can't describe this picture.", ""),
+    ("I don't see any picture here.", ""),
+    ("As a large language model, I have no eyes.", ""),
+    ("I can see a cat.", "I can see a cat."),
     ("A sorry-looking dog that cannot swim.", "A sorry-looking dog that cannot swim."),
 ]
 
@@ -88,7 +95,8 @@ def test_an_answer_becomes_one_prompt(raw, expected):
     assert chat.clean(raw) == expected
 
 
-@pytest.mark.parametrize("function", [*chat.STEPS, chat.clean, chat.parse_json],
+@pytest.mark.parametrize("function", [*chat.STEPS, chat.clean, chat.json_values,
+                                      chat.parse_json],
                          ids=lambda function: function.__name__)
 def test_each_step_does_what_its_docstring_shows(function):
     runner = doctest.DocTestRunner(verbose=False)
@@ -144,8 +152,14 @@ def test_markers_are_stripped_by_the_rule_of_lens():
     ("} backwards {", "{", None),
     ('{"torn": ', "{", None),
     ("", "{", None),
-    (None, "{", None),
     ("[" * 100_000 + "]" * 100_000, "[", None),
+    ('The set {red, blue} it is: {"a": 1}', "{", {"a": 1}),
+    ('{"a": 1}\nIn {words}: a cat {grey}.', "{", {"a": 1}),
+    ('<think>Perhaps {"a": 0, "b": 0}, or {this}?</think>{"a": 1}', "{", {"a": 1}),
+    ('<think>Perhaps {"a": 0', "{", None),
+    ("<|channel|>analysis<|message|>{}<|end|><|channel|>final<|message|>[1]<|end|>", "[", [1]),
+    ('{"items": ["x"]}', "[", ["x"]),
+    ('{}: {"a": {"b": 1}} {"c": 1}', "{", {"a": {"b": 1}}),
 ])
 def test_json_inside_an_answer(text, opening, expected):
     assert chat.parse_json(text, opening) == expected
@@ -176,6 +190,19 @@ def too_short_a_body(request):
     return 200, {"Content-Length": "1000"}
 
 
+CHUNKS_CUT_SHORT = (200, {"Transfer-Encoding": "chunked"}, b"ff\r\n{")
+
+
+def message(**fields):
+    """A reply's body with such a message."""
+    return json.dumps({"choices": [{"message": fields}]}).encode()
+
+
+def stopped_by(reason, text):
+    choice = {"message": {"content": text}, "finish_reason": reason}
+    return json.dumps({"choices": [choice]}).encode()
+
+
 @pytest.mark.parametrize("script", [
     [" hello "],
     [429, "hello"],
@@ -185,6 +212,8 @@ def too_short_a_body(request):
     [b"<html>busy</html>", "hello"],
     [b'{"error": "busy"}', "hello"],
     [too_short_a_body, "hello"],
+    ["reset", "hello"],
+    [CHUNKS_CUT_SHORT, "hello"],
 ])
 def test_an_endpoint_that_comes_round(server, tmp_path, script):
     server.script = script
@@ -199,21 +228,35 @@ def test_an_endpoint_that_comes_round(server, tmp_path, script):
 @pytest.mark.parametrize("script, reason, calls", [
     ([401], "HTTP 401", 1),
     ([404], "HTTP 404", 1),
-    ([408], "HTTP 408", 3),
-    ([429], "HTTP 429", 3),
-    ([500], "HTTP 500", 3),
-    (["hang"], "TimeoutError", 3),
-    (["die"], "RemoteDisconnected", 3),
-    ([b"nonsense"], "JSONDecodeError", 3),
-    ([b'{"error": 1}'], "KeyError", 3),
-    ([b'{"choices": []}'], "IndexError", 3),
-    ([b'{"choices": [{"message": {"content": null}}]}'], "AttributeError", 3),
-    ([b'[1]'], "TypeError", 3),
-    ([too_short_a_body], "IncompleteRead", 3),
+    ([408], "HTTP 408", 2),
+    ([429], "HTTP 429", 2),
+    ([500], "HTTP 500", 2),
+    (["hang"], "TimeoutError", 2),
+    (["die"], "RemoteDisconnected", 2),
+    (["reset"], "ConnectionResetError", 2),
+    (["stall"], "TimeoutError", 2),
+    ([b"nonsense"], "a reply that is not JSON", 2),
+    ([b"\xff\xfe\xfd"], "a reply that is not JSON", 2),
+    ([b"[" * 100_000], "a reply that is not JSON", 2),
+    ([b'{"error": {"message": "hello"}}'], "an error in place of an answer", 2),
+    ([b'{"error": 1, "choices": []}'], "an error in place of an answer", 2),
+    ([b'{"choices": []}'], "a reply without a message", 2),
+    ([b'{"choices": [null]}'], "a reply without a message", 2),
+    ([b'[1]'], "a reply without a message", 2),
+    ([message(content=None)], "an empty answer", 2),
+    ([" "], "an empty answer", 2),
+    ([message(content=7)], "an empty answer", 2),
+    ([message(content=None, reasoning_content="Hm, a cat")], "thoughts without an answer", 2),
+    ([message(content="", reasoning="Hm, a cat")], "thoughts without an answer", 2),
+    ([message(reasoning_content="Hm, a cat")], "thoughts without an answer", 2),
+    ([stopped_by("length", "A cat and a")], "an answer that was cut off", 2),
+    ([stopped_by("content_filter", "A cat")], "an answer that a filter took away", 2),
+    ([too_short_a_body], "IncompleteRead", 2),
+    ([CHUNKS_CUT_SHORT], "IncompleteRead", 2),
 ])
 def test_an_endpoint_that_does_not_says_why(server, script, reason, calls):
     server.script = script
-    endpoint = endpoint_of(server, tries=3)
+    endpoint = endpoint_of(server, tries=2)
     assert endpoint.one(HELLO) is None
     assert endpoint.failed == [reason]
     assert len(server.calls) == calls
@@ -232,7 +275,136 @@ def test_the_server_says_how_long_to_wait(server, monkeypatch):
 def test_an_endpoint_that_stays_down_is_reported():
     endpoint = chat.Endpoint("http://127.0.0.1:9/v1", "none", tries=1)
     assert endpoint.ask([HELLO, HELLO]) == [None, None]
-    assert endpoint.failed == ["URLError", "URLError"]
+    assert len(endpoint.failed) == endpoint.unanswered == 2
+    assert "URLError: " in endpoint.failed[0] and "refused" in endpoint.failed[0]
+
+
+@pytest.mark.parametrize("body", [
+    message(content=[{"type": "text", "text": "hello"}]),
+    message(content=[{"type": "thinking", "thinking": [{"type": "text", "text": "Hm"}]},
+                     {"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]),
+    message(content=["hello"]),
+    message(content="hello", reasoning_content="Hm"),
+    stopped_by("stop", "hello"),
+    b'\xef\xbb\xbf{"error": null, "choices": [{"message": {"content": "hello"}}]}',
+])
+def test_dialects_of_an_answer(server, body):
+    server.script = [body]
+    assert endpoint_of(server).one(HELLO) == "hello"
+
+
+def test_we_say_who_asks(server):
+    server.script = ["hello"]
+    endpoint_of(server).one(HELLO)
+    assert server.agents == [chat.USER_AGENT]
+    assert "Python" not in chat.USER_AGENT and "urllib" not in chat.USER_AGENT
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://host/v1", "http://", "http://a b/v1",
+                                 ""])
+def test_what_is_no_address_is_one_line_at_once(url):
+    with pytest.raises(LensError, match="must be an address that begins with http"):
+        chat.Endpoint(url, "m")
+
+
+def test_the_whole_address_is_taken_too(server):
+    server.script = ["hello"]
+    assert chat.Endpoint(server.url + "/chat/completions/", "m", tries=1).one(HELLO) == "hello"
+
+
+# --- The temperature ------------------------------------------------------------------------------
+
+def own_temperature_only(request):
+    """As models that reason answer."""
+    if "temperature" in request:
+        words = b'{"error": {"message": "Unsupported value: \'temperature\' does not support 0"}}'
+        return 400, {}, words
+    return "hello"
+
+
+def test_a_refused_temperature_is_left_out_from_then_on(server, tmp_path, capsys):
+    server.script = [own_temperature_only]
+    journal = tmp_path / "answers.jsonl"
+    for _ in range(2):                             # the second time from the journal
+        endpoint = chat.Endpoint(server.url, "m", journal, tries=1, temperature=0)
+        assert endpoint.ask(["1", "2"], messages_of) == ["hello", "hello"]
+        assert endpoint.failed == []
+    temperatures = [call.get("temperature", "none") for call in server.calls]
+    assert temperatures.count("none") == 2
+    assert 1 <= temperatures.count(0) <= 2                             # two may ask at once
+    assert "m refuses temperature 0" in capsys.readouterr().err
+
+
+def test_another_refusal_is_not_about_the_temperature(server):
+    server.script = [(400, {}, b"the picture is too large"), "hello"]
+    endpoint = chat.Endpoint(server.url, "m", tries=1, temperature=0)
+    assert endpoint.one(HELLO) is None
+    assert endpoint.one(HELLO) == "hello"
+    assert [call["temperature"] for call in server.calls] == [0, 0]
+
+
+# --- Where nobody answers -------------------------------------------------------------------------
+
+def test_a_server_that_is_down_is_found_out_by_one_question(server):
+    server.script = [500, 500, "hello"]
+    endpoint_of(server, tries=5).check(HELLO)
+    assert len(server.calls) == 3
+    server.script = [500]
+    endpoint = endpoint_of(server, tries=5)
+    with pytest.raises(LensError) as failed:
+        endpoint.check(HELLO)
+    assert len(server.calls) == 6
+    for word in ("writer", server.url, "HTTP 500", "/v1", "--model", "LENS_API_KEY"):
+        assert word in str(failed.value)
+    assert KEY not in str(failed.value)
+
+
+def test_work_ends_when_a_server_dies(server):
+    answered = ["hello"] * 3
+    server.script = [*answered, *[500] * 1000]
+    endpoint = chat.Endpoint(server.url, "m", workers=2, tries=1, patience=5)
+    with pytest.raises(LensError, match="no answer from m .*HTTP 500"):
+        endpoint.ask([str(i) for i in range(200)], messages_of)
+    assert len(server.calls) < 50
+
+
+def test_requests_that_are_refused_one_by_one_do_not_end_it(server):
+    server.script = [400] * 9 + ["hello"]
+    endpoint = chat.Endpoint(server.url, "m", workers=1, tries=1, patience=2)
+    assert endpoint.ask([str(i) for i in range(10)], messages_of) == [None] * 9 + ["hello"]
+    assert endpoint.failed == ["HTTP 400"] * 9
+
+
+# --- The journal ----------------------------------------------------------------------------------
+
+def upper(answer, item):
+    if answer == "mumble":
+        raise chat.NoAnswer("not clear")
+    return f"{item} {answer.upper()}"
+
+
+def test_the_journal_keeps_what_could_be_read(server, tmp_path):
+    server.script = ["mumble", "hello", "hello"]
+    journal = tmp_path / "answers.jsonl"
+    endpoint = chat.Endpoint(server.url, "m", journal, workers=1)
+    assert endpoint.ask(["1", "2"], messages_of, upper) == [None, "2 HELLO"]
+    assert endpoint.failed == ["not clear"]
+    assert endpoint.unanswered == 0
+
+    again = chat.Endpoint(server.url, "m", journal, workers=1)
+    assert again.ask(["1", "2"], messages_of, upper) == ["1 HELLO", "2 HELLO"]
+    assert len(server.calls) == 3
+
+
+def test_nonsense_of_an_older_journal_is_asked_for_again(server, tmp_path):
+    journal = tmp_path / "answers.jsonl"
+    name = chat.name_of_chat("m", messages_of("1"))
+    journal.write_text(json.dumps([name, "mumble"]) + "\n" + json.dumps([name, None]) + "\n")
+    server.script = ["hello"]
+    endpoint = chat.Endpoint(server.url, "m", journal)
+    assert endpoint.ask(["1"], messages_of, upper) == ["1 HELLO"]
+    assert chat.Endpoint(server.url, "m", journal).ask(["1"], messages_of, upper) == ["1 HELLO"]
+    assert len(server.calls) == 1
 
 
 def test_no_key_no_header(server, monkeypatch):
@@ -286,12 +458,13 @@ def test_a_torn_line_costs_its_own_answer_and_no_other(server, tmp_path):
 
 
 def test_a_journal_that_cannot_be_written_ends_the_work(server, tmp_path):
-    """Each answer was paid for: better one line of error than to go on and lose them."""
+    """Each answer is paid for: better one line of error before the first than to lose them."""
     (tmp_path / "file").write_text("")
     server.script = ["hello"]
-    with pytest.raises(LensError, match="cannot write"):
-        endpoint_of(server, tmp_path / "file" / "answers.jsonl").ask([HELLO])
-    assert len(server.calls) == 1
+    for journal in (tmp_path / "file" / "answers.jsonl", tmp_path):
+        with pytest.raises(LensError, match="cannot"):
+            endpoint_of(server, journal).ask([HELLO])
+    assert server.calls == []
 
 
 class Elsewhere(BaseHTTPRequestHandler):
@@ -313,13 +486,9 @@ class Elsewhere(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def elsewhere():
-    running = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
-    running.url = f"http://localhost:{running.server_port}/v1"
-    running.keys = []
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield running
-    running.shutdown()
-    running.server_close()
+    with serving(Elsewhere, "localhost") as running:
+        running.keys = []
+        yield running
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -329,6 +498,33 @@ def test_the_key_follows_no_redirect(server, elsewhere, status):
     assert endpoint.one(HELLO) is None
     assert endpoint.failed == [f"redirect (HTTP {status})"]
     assert len(server.calls) == 1                            # asking again would not help
+    assert elsewhere.keys == []
+
+
+class SecureHost(urllib.request.BaseHandler):
+    """Stands in for https: every address redirects to `target`."""
+    handler_order = 100                            # before urllib's own
+
+    def __init__(self, target):
+        self.target = target
+        self.asked = []
+
+    def https_open(self, request):
+        self.asked.append(request.get_header("Authorization"))
+        headers = Message()
+        headers["Location"] = self.target
+        reply = urllib.response.addinfourl(io.BytesIO(), headers, request.full_url, 302)
+        reply.msg = "moved"
+        return reply
+
+
+def test_the_key_does_not_leave_https(elsewhere):
+    endpoint = chat.Endpoint("https://secure/v1", "m", tries=1)
+    secure = SecureHost(elsewhere.url + "/chat/completions")
+    endpoint.opener.add_handler(secure)
+    assert endpoint.one(HELLO) is None
+    assert endpoint.failed == ["redirect (HTTP 302)"]
+    assert secure.asked == [f"Bearer {KEY}"]
     assert elsewhere.keys == []
 
 

@@ -1,6 +1,7 @@
 """Sizes are the paper's, every bad file is counted, and an epoch is exact."""
 import json
 import math
+import multiprocessing
 import subprocess
 import sys
 import types
@@ -17,9 +18,11 @@ from torch.utils.data import DataLoader
 
 import data
 import kit.pack
+from kit import chat
 from kit.checkpoint import load_pipeline, vae_identity
 from kit.files import LensError
 from kit.images import from_pil, read_picture
+from kit.pack import ASK_CAPTION
 from kit.tars import read, words_of
 from toy.world import AREAS
 
@@ -372,17 +375,54 @@ def test_missing_captions_are_written_by_an_endpoint_and_never_twice(
     assert packed_captions("a") == expected
     assert len(server.calls) >= 5
 
-    # The second run finds every answer in the first one's journal, though its last line is torn.
+    # The second run finds every answer in the first one's journal, though its last line is torn. It
+    # asks only whether somebody is there.
     before = len(server.calls)
     (tmp_path / "b").mkdir()
     journal = (tmp_path / "a" / "captions.jsonl").read_text()
     (tmp_path / "b" / "captions.jsonl").write_text(journal + '["torn')
     assert packed_captions("b") == expected
-    assert len(server.calls) == before
+    assert len(server.calls) == before + 1
 
     assert set(server.keys) == {"Bearer secret-key"}
     written = [path.read_text(errors="ignore") for path in tmp_path.rglob("*") if path.is_file()]
     assert "secret-key" not in "".join([*capsys.readouterr(), *written])
+
+
+def test_captions_are_cleaned_and_refusals_counted(tmp_path, server, capsys):
+    answers = {"0": "<think>hm</think>A cat.",
+               "1": "I'm sorry, I can't help with that.",
+               "2": 'Here is the description:\n\n"A dog."',
+               "3": [{"type": "text", "text": "A hat."}]}
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    by_request = {}
+    for name, answer in answers.items():
+        photo(int(name)).save(pictures / f"{name}.png")
+        shown = chat.chat_about(Image.open(pictures / f"{name}.png").convert("RGB"), ASK_CAPTION)
+        by_request[json.dumps(shown)] = answer
+    server.script = [lambda request: by_request.get(json.dumps(request["messages"]), "hello")]
+
+    out = tmp_path / "out"
+    pack(pictures, out, "--endpoint", server.url, *LOOSE)
+    shards = data.Shards(out / "*.tar", SIZES)
+    captions = [words_of(shards.parts(i))[0][0] for i in range(len(shards.rows))]
+    assert sorted(captions) == ["A cat.", "A dog.", "A hat."]
+    faults = json.loads((out / "pack.json").read_text())["faults"]
+    assert faults == {"caption not written: a refusal, or no words": 1}
+    assert len((out / "captions.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_dead_caption_server_is_found_out_before_pictures_are_read(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(chat, "FIRST_WAIT", 0.01)
+    (tmp_path / "in").mkdir()
+    photo(1).save(tmp_path / "in" / "a.png")
+    monkeypatch.setattr(kit.pack, "examine_all", None)                 # not called
+    flags = ["pack", "--images", str(tmp_path / "in"), "--out", str(tmp_path / "out"),
+             "--endpoint", "http://127.0.0.1:9/v1"]
+    assert "no answer from default" in error_line(data.main, flags, capsys)
+    assert not list(tmp_path.glob("out/*"))
 
 
 # --- A packing that was killed --------------------------------------------------------------------
@@ -638,6 +678,7 @@ def test_an_error_in_a_worker_is_one_line(tmp_path, vae, workers):
     with pytest.raises(LensError, match="^20 samples in a row cannot be read; the last: ") as error:
         list(source.stream(planned))
     assert "\n" not in str(error.value)
+    assert multiprocessing.active_children() == []    # though the error keeps its traceback
 
 
 def test_a_source_names_what_it_replaced(tmp_path, vae):

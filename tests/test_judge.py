@@ -1,6 +1,7 @@
 """Prompts with rubrics, judges, also behind a bad server, and the search for a system prompt."""
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ import data
 import reason
 import rl
 import sample
+from kit import chat
 from kit import rubrics as kit_rubrics
+from kit.chat import NoAnswer
 from kit.files import LensError
 from toy import rubrics as toy_rubrics
 from toy.checker import Checker, check_facts
@@ -91,7 +94,8 @@ def test_prompts_are_written_by_an_endpoint_and_resumed(server, tmp_path, capsys
     path = tmp_path / "prompts.jsonl"
     for _ in range(2):
         rl.main(["--write-prompts", str(path), "--endpoint", server.url, "--pool", "100"])
-    assert len(server.calls) == 50 + 100             # the second time nothing was asked
+    # The second time only what was unusable; and each time whether somebody is there.
+    assert len(server.calls) == 1 + 50 + 100 + 1 + 10
     said = capsys.readouterr().out
     assert "Human                        10" in said
     assert "10 of 100 answers were no prompt" in said
@@ -106,7 +110,6 @@ def test_prompts_are_written_by_an_endpoint_and_resumed(server, tmp_path, capsys
 
 
 @pytest.mark.parametrize("answer", [
-    None,
     "no",
     "[]",
     '{"prompt": "a cat"}',
@@ -115,23 +118,60 @@ def test_prompts_are_written_by_an_endpoint_and_resumed(server, tmp_path, capsys
     '{"prompt": "a cat", "rubrics": [3, {"name": "a"}]}',
 ])
 def test_an_unusable_answer_gives_no_row(answer):
-    assert kit_rubrics.written_row({}, answer) is None
+    with pytest.raises(NoAnswer):
+        kit_rubrics.written_row(answer, {})
 
 
 def test_few_facts_are_all_rewarded():
     rubrics = [{"name": "a", "check": "b"}] * 3
     answer = json.dumps({"prompt": " a cat ", "rubrics": rubrics})
-    row = kit_rubrics.written_row({"item": "cat"}, answer)
+    row = kit_rubrics.written_row(answer, {"item": "cat"})
     assert row["prompt"] == "a cat"
     assert row["item"] == "cat"
     assert not any(rubric.get("held_out") for rubric in row["rubrics"])
 
 
-def test_an_endpoint_that_writes_nothing_is_one_line(server, tmp_path, capsys):
-    server.script = [400]
+@pytest.mark.parametrize("script, words", [
+    ([400], "no answer from default at .*HTTP 400"),
+    (["I would rather not."], "no usable prompt"),
+])
+def test_an_endpoint_that_writes_nothing_is_one_line(server, tmp_path, capsys, script, words):
+    server.script = script
     argv = ["--write-prompts", str(tmp_path / "p.jsonl"), "--endpoint", server.url, "--pool", "50"]
-    assert "no usable prompt" in error_line(rl.main, argv, capsys)
+    assert re.search(words, error_line(rl.main, argv, capsys))
     assert not (tmp_path / "p.jsonl").exists()
+
+
+DEAD = "http://127.0.0.1:9/v1"
+
+
+@pytest.mark.parametrize("what", [
+    ["--write-prompts", "p.jsonl"],
+    ["--judge-check"],
+    ["--search"],
+    [],
+])
+def test_a_dead_server_is_one_line_before_any_work(tmp_path, monkeypatch, capsys, what):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chat, "FIRST_WAIT", 0.01)
+    argv = [*what, "--endpoint", DEAD, "--out", "run", "--pool", "50", "--device", "cpu"]
+    assert "no answer from default at " + DEAD in error_line(rl.main, argv, capsys)
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("answer, items", [
+    ('["a", "b"]', ["a", "b"]),
+    ('Things: ["a", 3, ""]', ["a"]),
+    ('{"things": ["a"]}', ["a"]),
+    ("no", None),
+    ("[1, 2]", None),
+])
+def test_a_list_of_things_is_read_or_counted(answer, items):
+    if items:
+        assert kit_rubrics.listed_items(answer, None) == items
+        return
+    with pytest.raises(NoAnswer):
+        kit_rubrics.listed_items(answer, None)
 
 
 # --- Judges ---------------------------------------------------------------------------------------
@@ -180,6 +220,62 @@ def test_the_judge_check_is_a_command(capsys):
     assert "a run can trust this judge" in capsys.readouterr().out
 
 
+YES_NO = [True, False]
+
+
+@pytest.mark.parametrize("text, expected", [
+    ('{"1": 1, "2": 0}', YES_NO),
+    ('{"1": 1.0, "2": 0.0}', YES_NO),
+    ('{"1": true, "2": false}', YES_NO),
+    ('{"1": "1", "2": "0"}', YES_NO),
+    ('{"1": "Yes.", "2": "No"}', YES_NO),
+    ('{"1": "yes - clearly", "2": "No, it is blue."}', YES_NO),
+    ('{"1": "**YES**", "2": " no (hidden) "}', YES_NO),
+    ('{"1": "True", "2": "false: it is blue"}', YES_NO),
+    ('{"2": 0, "1": 1}', YES_NO),
+    ('{"1.": 1, "Statement 2": 0}', YES_NO),
+    ('{"1": 1, "2": 0, "remark": "dark"}', YES_NO),
+    ('{"answers": {"1": 1, "2": 0}}', YES_NO),
+    ('{"answers": [1, 0]}', YES_NO),
+    ("[1, 0]", YES_NO),
+    ('["yes", "no"]', YES_NO),
+    ('[{"1": 1}, {"2": 0}]', YES_NO),
+    ('Sure:\n```json\n{"1": 1, "2": 0}\n```\nAnything {else}?', YES_NO),
+    ('{"1": 1, "2": 0}\n\nStatement 2 fails: see [2].', YES_NO),
+    ('<think>{1: yes?} {"1": 0, "2": 0}</think>{"1": 1, "2": 0}', YES_NO),
+    ('{"1": 1, "2": 0} So: {"1": 1, "2": 0}', YES_NO),
+    # Not read: half, unclear, or twice in different ways.
+    ('{"1": 1}', None),
+    ('{"1": 1, "2": null}', None),
+    ('{"1": 1, "2": 0.5}', None),
+    ('{"1": 1, "2": "0.5"}', None),
+    ('{"1": 1, "2": 2}', None),
+    ('{"1": "yes", "2": "no idea"}', None),
+    ('{"1": "yes", "2": "yes and no"}', None),
+    ('{"1": "yes", "2": "yes/no"}', None),
+    ('{"1": "yes", "2": "-1"}', None),
+    ('{"1": "yes", "2": ["no"]}', None),
+    ('{"0": 1, "1": 0}', None),
+    ('{"1": 1, "2": 0, "3": 1}', None),
+    ('{"2 cats": 1, "1 dog": 0}', None),
+    ('{"1": 1, "1.": 0, "2": 0}', None),
+    ('[{"statement": 1, "holds": true}, {"statement": 2, "holds": false}]', None),
+    ("[1, 0, 1]", None),
+    ("[1]", None),
+    ('{"1": 1, "2": 1}. No: {"1": 1, "2": 0}', None),
+    ('{"1": 1, "2"', None),
+    ('<think>{"1": 1, "2": 0}', None),
+    ("[" * 5000 + "]" * 5000, None),
+    ("yes, no", None),
+])
+def test_an_answer_of_a_judge_is_read_whole_or_not_at_all(text, expected):
+    if expected:
+        assert kit_rubrics.verdicts(text, 2) == expected
+        return
+    with pytest.raises(NoAnswer, match="nonsense"):
+        kit_rubrics.verdicts(text, 2)
+
+
 def all_yes(request):
     words = request["messages"][0]["content"][1]["text"]
     answers = {k: 1 for k in range(1, words.count("\n") + 1)}
@@ -200,27 +296,35 @@ def test_a_judge_that_misbehaves_costs_a_count(server, tmp_path):
 
     count = len(row["rubrics"])
     assert answers[0] == [True] * count
-    assert answers[2] == [True] + [None] * (count - 1)
-    for k in (1, 3, 4, 5):
+    for k in range(1, 6):
         assert answers[k] == [None] * count
     rewards = [kit_rubrics.reward_of(one, row["rubrics"]) for one in answers]
-    assert rewards[0] == rewards[2] == 1.0
-    assert all(math.isnan(rewards[k]) for k in (1, 3, 4, 5))
+    assert rewards[0] == 1.0
+    assert all(math.isnan(reward) for reward in rewards[1:])
     assert len(judge.failed) == 5
     assert judge.failed.count("nonsense") == 2
 
 
-def test_only_what_never_answered_is_asked_again(server, tmp_path):
+def test_only_what_gave_no_verdicts_is_asked_again(server, tmp_path):
     row = toy_rubrics.toy_row(1, 0, TASKS, [(64, 64)])
-    pictures = [Image.new("RGB", (64, 64), (20 * k,) * 3) for k in range(3)]
-    server.script = [all_yes, 400, all_yes]
-    first = impatient_judge(server, tmp_path)(pictures, [row] * 3)
+    pictures = [Image.new("RGB", (64, 64), (20 * k,) * 3) for k in range(4)]
+    server.script = [all_yes, 400, all_yes, '{"1": "Yes.", "2": "maybe"}']
+    first = impatient_judge(server, tmp_path)(pictures, [row] * 4)
     server.script = [all_yes]
-    again = impatient_judge(server, tmp_path)(pictures, [row] * 3)
-    assert len(server.calls) == 4
+    again = impatient_judge(server, tmp_path)(pictures, [row] * 4)
+    assert len(server.calls) == 6
     assert again[0] == first[0]
-    assert first[1] == [None] * len(row["rubrics"])
-    assert again[1] == [True] * len(row["rubrics"])
+    assert first[1] == first[3] == [None] * len(row["rubrics"])
+    assert again == [[True] * len(row["rubrics"])] * 4
+
+
+def test_a_judge_is_asked_at_temperature_0(server, tmp_path):
+    row = toy_rubrics.toy_row(1, 0, TASKS, [(64, 64)])
+    server.script = [all_yes]
+    judge = impatient_judge(server, tmp_path)
+    judge.check()
+    judge([Image.new("RGB", (64, 64))], [row])
+    assert [call["temperature"] for call in server.calls] == [0, 0]
 
 
 def test_a_judge_sees_the_picture_beside_numbered_statements(server, tmp_path):

@@ -502,14 +502,24 @@ def test_a_run_goes_on_when_its_judge_dies(base, server, tmp_path):
         assert math.isfinite(row["loss"])
 
 
-def test_a_step_without_any_judgement_teaches_nothing_by_reward(base, server, tmp_path):
+def test_a_run_whose_judge_stays_silent_saves_and_stops(base, server, tmp_path, capsys):
     write_rows(tmp_path / "prompts.jsonl", 8)
-    server.script = [400]
-    log = go(base, tmp_path / "run", "--steps", "1", "--data", str(tmp_path / "prompts.jsonl"),
-             "--endpoint", server.url)
-    assert log[0]["reward"] is None
-    assert log[0]["failures"] == 16
-    assert log[0]["grad_norm"] < 1e-6                 # r is 1/2 everywhere: both pulls cancel
+    # One answer when the run asks whether the judge is there, then a good step.
+    server.script = [all_yes] * 17 + ["I would rather not."] * 1000
+    flagged = flags(base, tmp_path / "run", "--steps", "6", "--save-every", "100",
+                    "--data", str(tmp_path / "prompts.jsonl"), "--endpoint", server.url)
+    line = error_line(rl.main, flagged, capsys)
+    assert "stopped and saved at step 4: most pictures of 3 steps" in line
+    assert "'nonsense': 48" in line
+    log = rows(tmp_path / "run")
+    assert [row["failures"] for row in log] == [0, 16, 16, 16]
+    assert log[1]["reward"] is None
+    assert log[1]["grad_norm"] < 1e-6                 # r is 1/2 everywhere: both pulls cancel
+    assert newest_state(tmp_path / "run").name.endswith("4")
+
+    server.script = [all_yes]                         # the judge is back: the same command
+    rl.main(flagged)
+    assert [row["failures"] for row in rows(tmp_path / "run")] == [0, 16, 16, 16, 0, 0]
 
 
 # --- Mistakes -------------------------------------------------------------------------------------
