@@ -38,7 +38,6 @@ import copy
 import functools
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -58,6 +57,7 @@ import lens
 import sample
 import train
 from kit.checkpoint import (
+    base_from,
     fetch,
     has_parts,
     load_pipeline,
@@ -635,7 +635,7 @@ def write_student(run, model, lora, progress, output):
         "base": output.home[0],
         "words": read_metadata(output.folder).get("words", "[]"),
     }
-    base = os.path.relpath(output.folder, run.out)
+    base = base_from(run.out, output.teacher)
     if lora:
         kit.lora.save_lora(model, run.out, "ema", notes)
         save_pipeline(run.out, metadata=notes, base=base)
@@ -877,8 +877,7 @@ def export(student_folder, teacher, folder, rank, device, score_at=None):
         scores, _, _ = sample.evaluate((model, vae, encoder), *score_at, STEPS, 1.0)
         notes["score"] = json.dumps(scores)
     kit.lora.save_lora(model, folder, "export", notes)
-    base = os.path.relpath(fetch(teacher, ("transformer",)), folder)
-    save_pipeline(folder, metadata=notes, base=base)
+    save_pipeline(folder, metadata=notes, base=base_from(folder, teacher))
     print(f"wrote {folder}: {notes.get('score', 'not scored')}")
 
 
@@ -889,7 +888,7 @@ def arguments(argv):
                     "The same command again resumes.", __doc__)
     add = parser.add_argument
     add("--size", default="toy", choices=lens.SIZES, help="default: toy")
-    add("--teacher", default=str(sample.TOY), metavar="DIR",
+    add("--teacher", default=str(sample.TOY), metavar="DIR_OR_REPO",
         help="the model to distil, where student and fake start too: a folder or hub id "
              "(default: weights/toy)")
     add("--out", default="runs/turbo", metavar="DIR",

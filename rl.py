@@ -52,7 +52,7 @@ import reason
 import sample
 import train
 from kit.chat import Endpoint
-from kit.checkpoint import fetch, load_pipeline, read_metadata, save_pipeline
+from kit.checkpoint import base_from, fetch, load_pipeline, read_metadata, save_pipeline
 from kit.files import Parser, not_negative, positive, require, run_command, seed_number
 from kit.images import contact_sheet, save_png
 from kit.lora import add_lora, lora_parameters, merge_lora, named_lora, save_lora, set_lora
@@ -639,18 +639,21 @@ def resume(run, policies, same_run):
 
 
 def save(run, policies, progress, same_run):
-    """The average of the adapters in PEFT's format, which sample.py --lora takes; and the state,
-    last: a run that is killed between the two makes the same adapter again."""
+    """The average of the adapters in PEFT's format, which sample.py --lora takes, and --weights, as
+    it names its base; and the state, last: a run that is killed between the two makes the same
+    adapter again."""
     if run.rank == 0:
         save_lora(policies.model, run.out, "ema", {
             "command": shlex.join(["python", "rl.py", *sys.argv[1:]]),
             "seed": run.seed,
             "trained_steps": progress.step,
             "trained_seconds": round(progress.seconds),
-            "base": json.dumps(progress.base),
+            "guidance": 1.0,
+            "score_before": json.dumps(progress.base),
             "score": json.dumps(progress.scores),
             "init": same_run["--init"],
         })
+        save_pipeline(run.out, base=base_from(run.out, same_run["--init"]))
     save_state(run, progress.step, policies.groups(), [policies.optimizer], same_run,
                asdict(progress))
 

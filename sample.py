@@ -41,6 +41,7 @@ from kit.chat import Endpoint
 from kit.checkpoint import (
     adapter_files,
     fetch,
+    fetch_lora,
     identity,
     load_pipeline,
     locate,
@@ -546,10 +547,11 @@ class Weights:
     device: str
     dtype: torch.dtype
     date: str                 # for the chat around the prompt
-    lora: str | None          # merged into the denoiser, times lora_strength
+    lora: str | None          # as it was asked for
     lora_strength: float
     compiled: bool
     fp8: bool
+    lora_path: Path | None    # merged into the denoiser, times lora_strength
 
     def text_encoder(self):
         _, _, encoder = load_pipeline(self.folder, self.device, self.dtype,
@@ -560,7 +562,7 @@ class Weights:
         transformer, vae, _ = load_pipeline(self.folder, self.device, self.dtype,
                                             parts=("transformer", "vae"))
         if self.lora:
-            count = merge_lora(transformer, self.lora, self.lora_strength)
+            count = merge_lora(transformer, self.lora_path, self.lora_strength)
             print(f"LoRA: {count} layers changed")
         if self.fp8:
             to_fp8(transformer)
@@ -888,7 +890,8 @@ def arguments(argv):
     add("--weights", default=str(TOY), metavar="DIR_OR_REPO",
         help="a folder or hub id in diffusers layout (default: the toy)")
     add("--size", choices=lens.SIZES, help="check that the weights are of this size")
-    add("--lora", metavar="PATH", help="a LoRA file or folder, merged into the weights")
+    add("--lora", metavar="PATH_OR_REPO",
+        help="a LoRA's file, folder or hub id, merged into the weights")
     add("--lora-strength", type=float, help="default: 1")
     add("--device", help="cpu or cuda (default: CUDA if there is one)")
     add("--dtype", choices=("fp32", "bf16"), help="default: bf16 on a GPU that has it; on a "
@@ -960,6 +963,7 @@ def main(argv=None):
         require(args.dtype != "fp32", "--fp8 is for bf16 on a GPU: leave out --dtype fp32")
 
     folder = fetch(args.weights, ("transformer", "vae", "text_encoder"))
+    lora_path = fetch_lora(args.lora) if args.lora else None
     config = denoiser_config(folder)
     require(args.size is None or config == lens.SIZES[args.size].transformer,
             f"--size {args.size}: the weights in {args.weights} are of another size")
@@ -982,7 +986,7 @@ def main(argv=None):
 
     lora_strength = 1.0 if args.lora_strength is None else args.lora_strength
     weights = Weights(folder, device, dtype, args.date, args.lora, lora_strength, args.compile,
-                      args.fp8)
+                      args.fp8, lora_path)
     out = Path(args.out)
     requests, rows = args.prompt or [], None
     if args.prompts_file:

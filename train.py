@@ -31,7 +31,6 @@ import copy
 import functools
 import json
 import math
-import os
 import shlex
 import sys
 import time
@@ -48,16 +47,16 @@ import data
 import lens
 import sample
 from kit.checkpoint import (
+    base_from,
     fetch,
     has_parts,
     load_pipeline,
     load_transformer,
-    part_folder,
+    locate,
     read_metadata,
     save_pipeline,
     unsharded,
     vae_identity,
-    weight_files,
 )
 from kit.files import (
     Parser,
@@ -603,11 +602,12 @@ class Schedule:
 @dataclass(frozen=True)
 class Output:
     """What a checkpoint needs beside the weights: the frozen parts, and notes."""
-    parts: str                     # the folder of autoencoder and text encoder
+    parts: str                     # the folder or hub id of autoencoder and text encoder
     vae: nn.Module
     encoder: lens.TextEncoder
     guidance: float                # what pictures of these weights are sampled with
     settings: dict                 # what a resume must be given again, see check_same_run
+    init: str | None = None        # the folder or hub id that an adapter changes
 
 
 def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, workers=4,
@@ -617,8 +617,8 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
 
     steps     of each stage; None: the stage's own;  accumulate: micro-batches a rank and step
     pattern   of shards, as in --data; None: the toy world
-    parts     the folder of the autoencoder and the text encoder
-    init      weights to start from; None: random ones
+    parts     the folder or hub id of the autoencoder and the text encoder
+    init      weights to start from, a folder, file or hub id; None: random ones
     """
     config = lens.SIZES[size].transformer
     settings = {"--size": size, "--seed": run.seed, "--init": init, "--lora": lora,
@@ -667,7 +667,7 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     run.say(f"{size}: {count:,} parameters on {run.ranks} x {run.device}; autoencoder and text "
             f"encoder from {parts}\n{why}")
     guidance = TOY_GUIDANCE if size in TOY_SIZES else sample.GUIDANCE
-    output = Output(str(parts), vae, encoder, guidance=guidance, settings=settings)
+    output = Output(str(parts), vae, encoder, guidance=guidance, settings=settings, init=init)
     log, notice = Log(run, progress.total), Notice()
     for number, stage in stages.items():
         if number < progress.stage:
@@ -883,8 +883,9 @@ def save(run, stage, learner, progress, output, words):
         }
         if learner.lora:
             save_lora(averaged, run.out, metadata=notes)
+            save_pipeline(run.out, base=base_from(run.out, output.init))
         else:
-            rest = None if has_parts(run.out) else os.path.relpath(output.parts, run.out)
+            rest = None if has_parts(run.out) else base_from(run.out, output.parts)
             save_pipeline(run.out, transformer=averaged, metadata=notes, base=rest)
     save_state(run, progress.total, learner.groups(), optimizers=learner.optimizers,
                settings=output.settings, progress=asdict(progress))
@@ -896,7 +897,7 @@ def save(run, stage, learner, progress, output, words):
 def export(run, target, parts):
     """The run's folder as a small checkpoint in `target`, scored on 50 prompts a task.
 
-    parts   the folder of the autoencoder that it was trained with
+    parts   the folder or hub id of the autoencoder that it was trained with
 
     bf16, and the blocks' matrices in fp8 (e4m3) with a scale each, as ComfyUI's files have them
     [ours]. That halves the file and cost two pictures of 300 (0.920 against 0.927).
@@ -919,8 +920,8 @@ def export(run, target, parts):
         guidance=float(notes["guidance"]))
     notes["score"] = json.dumps(scores)
     # How the autoencoder was made: for people, since its file is written anew.
-    first_file = weight_files(part_folder(parts, "vae"))[0]
-    with open_safetensors(first_file) as f:
+    files, _ = locate(fetch(parts, ("vae",)), "vae")
+    with open_safetensors(files[0]) as f:
         notes["vae"] = json.dumps(f.metadata() or {})
     encoder.model.to(torch.bfloat16)
     save_pipeline(target, transformer, vae, text_encoder=encoder, metadata=notes,
@@ -947,7 +948,8 @@ def arguments(argv):
     add("--out", default="runs/toy", metavar="DIR", help="checkpoint, metrics, curves, previews")
     add("--parts", metavar="DIR_OR_REPO",
         help="autoencoder and text encoder (default: those of --out, else of weights/toy)")
-    add("--init", metavar="DIR", help="start from these weights, not from random ones")
+    add("--init", metavar="DIR_OR_REPO",
+        help="start from these weights, not from random ones; a denoiser's file too")
     add("--data", metavar="GLOB", help="shards of `data.py pack` or `cache`, say 'shards/*.tar' "
         "(default: the toy world)")
     add("--lora", type=not_negative, default=0, metavar="RANK",
@@ -1004,7 +1006,6 @@ def main(argv=None):
     require(run.ranks > 1 or not args.fsdp, "--fsdp shares weights among processes: start it with "
             "torchrun --nproc-per-node N train.py ...")
     parts = args.parts or (args.out if has_parts(args.out) else sample.TOY)
-    parts = fetch(parts, ("vae", "text_encoder"))  # the local folder, also of a hub id
     if args.export:
         if run.rank == 0:                          # small work, for one process
             export(run, args.export, parts)

@@ -12,12 +12,14 @@ A pipeline is a folder, and each part of it has a folder of its own:
     DIR/tokenizer/
     DIR/adapter_model.safetensors       a LoRA of the denoiser, merged when DIR is loaded
 
-A fine-tuned checkpoint can be small: it holds its denoiser or an adapter alone, and names its base.
-Only safetensors files are read: a pickle can run code. [checkpoint]
+A fine-tuned checkpoint can be small: it holds its denoiser or an adapter alone, and names its base:
+the way to a folder, from DIR, or a hub id. Only safetensors files are read: a pickle can run code.
+[checkpoint]
 """
 import hashlib
 import importlib.util
 import json
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -26,16 +28,18 @@ from pathlib import Path
 import torch
 
 from kit.files import (
+    LensError,
     error_context,
     file_hash,
     first_few,
     open_safetensors,
     read_json,
     require,
+    unread_weights,
     write_json,
     write_safetensors,
 )
-from kit.lora import LORA_TARGETS, add_lora, merge_lora
+from kit.lora import LORA_KEY, LORA_NAMES, LORA_TARGETS, add_lora, merge_lora
 from kit.run import whole
 from lens import DATE, SIZES, LensConfig, LensTransformer, TextEncoder, text_model_classes
 from vae import LensVAE
@@ -44,6 +48,86 @@ PARTS = ("transformer", "vae", "text_encoder")
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 ADAPTER_NAME = "adapter_model.safetensors"
 INDEX_NAME = "model_index.json"
+ROOT = Path(__file__).resolve().parent.parent      # of this repository
+
+
+# --- Names of weights: a folder, a file or a hub id -----------------------------------------------
+
+HUB_ID = re.compile(r"(?P<owner>[\w-][\w.-]*)/[\w.-]+")
+
+# Where this repository keeps weights: "weights/toy" from another folder is a mistake, and not what
+# somebody called "weights" has put on the hub.
+OUR_FOLDERS = ("weights", "runs")
+
+
+def fetch(path_or_repo, parts):
+    """A local folder or file as it is, or the files of a hub id, downloaded once and cached.
+    -> Path."""
+    return local_path(path_or_repo) or from_hub(path_or_repo, files_of(parts))
+
+
+def fetch_lora(path_or_repo):
+    """The same for an adapter alone."""
+    return local_path(path_or_repo) or from_hub(
+        path_or_repo, ["adapter_config.json", "*.safetensors"])
+
+
+def files_of(parts):
+    """Patterns of the files of some parts in a repository of the hub."""
+    patterns = ["*.json", *(f"{part}/*" for part in (*parts, "tokenizer"))]
+    if "transformer" in parts:
+        patterns.extend(LORA_NAMES)
+    return patterns
+
+
+def local_path(name):
+    """The folder or file of this name; None where nothing is there and it can be a hub id."""
+    path = expanded(name)
+    if path.exists():
+        return path
+    elsewhere = ""
+    if (ROOT / path).exists():
+        elsewhere = f"; there is {ROOT / path}"
+    require(may_be_hub_id(name), f"no weights at {name}: it is neither a local folder nor a hub id "
+            f"like owner/name{elsewhere}")
+    return None
+
+
+def expanded(name):
+    """The path of a name; the shell leaves a quoted ~ as it is."""
+    return Path(os.path.expanduser(name))
+
+
+def from_hub(hub_id, patterns):
+    from huggingface_hub import snapshot_download
+
+    with error_context(f"no local folder {hub_id}, and the hub could not give it"):
+        return Path(snapshot_download(str(hub_id), allow_patterns=patterns))
+
+
+def may_be_hub_id(name):
+    """Whether a name that is no local path can be one of the hub's."""
+    match = HUB_ID.fullmatch(str(name))
+    if match is None:
+        return False
+    # A mistyped name in a folder that is there is no hub id.
+    return match["owner"] not in OUR_FOLDERS and not Path(match["owner"]).is_dir()
+
+
+def base_from(folder, name):
+    """How model_index.json in `folder` names the base `name`: a local folder by the way from
+    `folder`, so that both can be moved together; a hub id as it is; a file, which has one part
+    alone, not at all (None)."""
+    path = expanded(name)
+    if path.is_file():
+        return None
+    if not path.exists():
+        return str(name)
+    # Links are followed first: `..` leads out of where a folder is, not out of a link to it.
+    way = os.path.relpath(path.resolve(), Path(folder).resolve())
+    if HUB_ID.fullmatch(way):
+        way = f"./{way}"
+    return way
 
 
 # --- Where things are -----------------------------------------------------------------------------
@@ -64,24 +148,80 @@ def weight_files(path, names=WEIGHT_NAMES):
     for name in names:
         if (path / name).exists():
             return [path / name]
-    files = sorted(path.glob("*.safetensors"))
+    files = [file for file in sorted(path.glob("*.safetensors")) if file.name not in LORA_NAMES]
     require(len(files) == 1, f"no weights in {path}: expected one .safetensors file or shards "
-            f"with an index, found {len(files)} files")
+            f"with an index, found {len(files)} files{unread_weights(path)}")
     return files
+
+
+def with_bases(path, parts=()):
+    """The folder `path`, the base that it names, that one's base, and so on.
+
+    parts   what is downloaded of a base that is a hub id, beside its JSON files
+    """
+    folder, visited = Path(path), []
+    while folder is not None:
+        visited.append(folder.resolve())
+        yield folder
+        folder = base_of(folder, parts)
+        in_circle = folder is not None and folder.resolve() in visited
+        require(not in_circle, f"{path}: the bases in {INDEX_NAME} lead in a circle")
+
+
+def base_of(folder, parts):
+    """Where the base is that a folder names, or None if it names none."""
+    named = pipeline_index(folder).get("base")
+    if named is None:
+        return base_of_adapter(folder, parts)
+
+    way = expanded(named)
+    by_link = os.path.normpath(folder.absolute() / way)            # as it was stored once
+    for base in ((folder.resolve() / way).resolve(), Path(by_link)):
+        if base.is_dir():
+            return base
+    if HUB_ID.fullmatch(named):
+        return from_hub(named, files_of(parts))
+    raise LensError(f"{folder}/{INDEX_NAME} names {named} as its base, but {by_link} is not there: "
+                    "put it there, or write as \"base\" where it is now")
+
+
+def base_of_adapter(folder, parts):
+    """The base of an adapter without model_index.json, where PEFT's config or our notes name one
+    that can be found; else None."""
+    config = folder / "adapter_config.json"
+    named = None
+    if config.exists():
+        named = read_json(config).get("base_model_name_or_path")
+    if not named and adapter_files(folder):
+        named = notes_in(adapter_files(folder)[0]).get("init")
+    if named and (expanded(named).is_dir() or may_be_hub_id(named)):
+        return fetch(named, parts)
+    return None
 
 
 def part_folder(path, part):
     """path/part; where that is not there, the folder of this part in the base that path names."""
-    folder = Path(path)
-    visited = []
-    while not (folder / part).is_dir():
-        base = pipeline_index(folder).get("base")
-        if not base:
-            break
-        visited.append(folder.resolve())
-        folder = (folder / base).resolve()
-        require(folder not in visited, f"{path}: the bases in {INDEX_NAME} lead in a circle")
-    return folder / part
+    for folder in with_bases(path, (part,)):
+        if (folder / part).is_dir():
+            return folder / part
+        # What a folder had and has no more is not what its base has.
+        require(part not in pipeline_index(folder),
+                f"no weights in {folder}: {INDEX_NAME} names a {part}, but {folder / part} is gone")
+        lost = (folder / "adapter_config.json").exists() and not adapter_files(folder)
+        require(part != "transformer" or not lost, f"no weights in {folder}: it has an "
+                f"adapter_config.json, but no {ADAPTER_NAME}{unread_weights(folder)}")
+    return Path(path) / part
+
+
+def check_part(path, part):
+    """LensError unless a pipeline has this part, with what to do."""
+    require(path.is_dir(), f"{path} is one file, of one part: name a folder that has the parts "
+            f"{', '.join(PARTS)} (docs/weights.md)")
+    found = part_folder(path, part).is_dir()
+    require(found or not adapter_files(path), f"{path} is an adapter whose base is not known: name "
+            f"that with --weights and the adapter with --lora, or write \"base\" into "
+            f"{path}/{INDEX_NAME}")
+    require(found, f"no weights in {path}: expected {path}/{part}/*.safetensors")
 
 
 def pipeline_index(folder):
@@ -99,9 +239,15 @@ def locate(path, part):
     path = Path(path)
     if path.is_dir() and part_folder(path, part).is_dir():
         path = part_folder(path, part)
+    elif adapter_files(path):
+        check_part(path, part)
     files = weight_files(path)
     if (path / "config.json").exists():
         return files, read_json(path / "config.json")
+    with open_safetensors(files[0]) as handle:
+        is_lora = any(LORA_KEY.fullmatch(name) for name in handle.keys())
+    require(not is_lora, f"{files[0]} is a LoRA: name the weights that it changes with --weights, "
+            "and it with --lora")
     with error_context(f"{files[0]}: bad config in its metadata"):
         return files, json.loads(notes_in(files[0]).get("config", "null"))
 
@@ -113,23 +259,6 @@ def has_parts(folder):
     return has_vae and (folder / "text_encoder" / "config.json").exists()
 
 
-def fetch(path_or_repo, parts):
-    """A local folder as it is, or the files of a hub id, downloaded once and cached. -> Path."""
-    path = Path(path_or_repo).expanduser()
-    if path.exists():
-        return path
-
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path_or_repo))
-    # A mistyped name in a folder that is there is no hub id.
-    require(hub_id and not path.parent.is_dir(), f"no weights at {path_or_repo}: it is neither "
-            "a local folder nor a hub id like owner/name")
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", *(f"{part}/*" for part in (*parts, "tokenizer"))]
-    with error_context(f"no local folder {path_or_repo}, and the hub could not give it"):
-        return Path(snapshot_download(str(path_or_repo), allow_patterns=wanted))
-
-
 # --- What a checkpoint says of itself -------------------------------------------------------------
 
 def notes_in(file):
@@ -139,16 +268,35 @@ def notes_in(file):
 
 
 def adapter_files(folder):
-    """The adapter in a pipeline's folder, as a list of one or none."""
-    return sorted(Path(folder).glob(ADAPTER_NAME))
+    """The adapter in a pipeline's folder, as a list of one or none. Under diffusers' name it may
+    also be an offer beside a whole model, and is then left alone."""
+    folder = Path(folder)
+    names = [ADAPTER_NAME]
+    if not (folder / "transformer").is_dir():
+        names = LORA_NAMES
+    return [folder / name for name in names if (folder / name).exists()][:1]
+
+
+def adapters_of(path):
+    """The adapters in a pipeline's folder and in its bases down to the denoiser, whose comes first:
+    the order in which they are merged."""
+    files = []
+    for folder in with_bases(path, ("transformer",)):
+        files = adapter_files(folder) + files
+        if (folder / "transformer").is_dir():
+            break
+    return files
 
 
 def read_metadata(path):
     """The notes stored with a denoiser (command, seed, score, ...), and over them its adapter's."""
     files, _ = locate(path, "transformer")
-    notes = {}
-    for file in (files[0], *adapter_files(path)):
-        notes.update(notes_in(file))
+    notes = notes_in(files[0])
+    for file in adapters_of(path):
+        own = notes_in(file)
+        if "init" in own and not own.get("base", "").isdigit():
+            own.pop("base", None)      # rl.py once noted scores under the name of the home size
+        notes.update(own)
     return notes
 
 
@@ -157,7 +305,7 @@ def identity(folder, part="transformer"):
     themselves (their first 64 KiB, which hold the header, name and size)."""
     files, _ = locate(folder, part)
     if part == "transformer":
-        files = [*files, *adapter_files(folder)]
+        files = [*files, *adapters_of(folder)]
 
     digest = hashlib.sha256()
     for file in files:
@@ -172,8 +320,8 @@ def identity(folder, part="transformer"):
 
 def vae_identity(path_or_repo):
     """A hash of an autoencoder's file: what latents are kept under."""
-    folder = part_folder(fetch(path_or_repo, ("vae",)), "vae")
-    return file_hash(weight_files(folder)[0])
+    files, _ = locate(fetch(path_or_repo, ("vae",)), "vae")
+    return file_hash(files[0])
 
 
 # --- Filling a model with stored tensors ----------------------------------------------------------
@@ -182,12 +330,27 @@ def vae_identity(path_or_repo):
 PREFIX = re.compile(r"^(model\.diffusion_model\.|diffusion_model\.|net\.)")
 
 # fp8 files hold W / scale, and beside each `x.weight` its scale. Their other notes are for kernels
-# that we do not use.
+# that we do not use, but for comfy_quant, which names the format.
 SCALE_ENDING = re.compile(r"\.(scale_weight|weight_scale)$")
-UNUSED_ENDINGS = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant")
+SCALE_OF_PACKED = re.compile(r"scale|SCB|absmax|zero_point")
+COMFY_QUANT = ".comfy_quant"
+UNUSED_ENDINGS = ("scaled_fp8", ".scale_input", ".input_scale", COMFY_QUANT)
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")      # as safetensors names them
+COUNTS = ("I64",)              # of the autoencoder's statistics; no packed format has these
+
+# Packed formats, by what stands beside `x.weight`, or by its type.
+MARKS = {
+    "weight_scale_2": "nvfp4",
+    "weight.quant_state.bitsandbytes__nf4": "bitsandbytes' nf4",
+    "weight.quant_state.bitsandbytes__fp4": "bitsandbytes' fp4",
+    "SCB": "bitsandbytes' int8",
+    "zero_point": "SDNQ",
+    "qzeros": "GPTQ or AWQ",
+}
+KINDS = {"I8": "int8", "F8_E8M0": "mxfp8"}
+INSTEAD = "take a file in bf16, or in fp8 with one scale for each tensor or row"
 
 
 @dataclass(frozen=True)
@@ -231,18 +394,25 @@ def split_scales(stored):
     return tensors, scales
 
 
-def fill(module, files, device, dtype):
-    """Fills a module that was built on the meta device with the tensors in files; returns it.
+def read_index(files, config=None):
+    """-> (tensors, scales), {name: Stored} both, of files whose format is read. config: what they
+    say of themselves, or None."""
+    stored = index_files(files)
+    tensors, scales = split_scales(stored)
+    check_formats(files[0], config or {}, stored, tensors, scales)
+    return tensors, scales
 
-    dtype None keeps what is stored (fp8 becomes bf16). Tensors are moved one by one, so the host's
-    memory never holds a second copy. LensError names tensors that are missing, left over, of
-    another shape, or in a format that is not read.
+
+def fill(module, file, tensors, scales, device, dtype):
+    """Fills a module that was built on the meta device with stored tensors; returns it.
+
+    file: for the error alone. dtype None keeps what is stored (fp8 becomes bf16). Tensors are moved
+    one by one, so the host's memory never holds a second copy. LensError names tensors that are
+    missing, left over, or of another shape.
     """
     wanted = module.state_dict()
-    tensors, scales = split_scales(index_files(files))
-    check_formats(files[0], tensors, scales, wanted)
-    check_names(files[0], tensors.keys(), scales.keys(), wanted.keys())
-    check_shapes(files[0], tensors, wanted)
+    check_names(file, tensors.keys(), scales.keys(), wanted.keys())
+    check_shapes(file, tensors, wanted)
 
     state = {}
     for name, where in tensors.items():
@@ -252,19 +422,35 @@ def fill(module, files, device, dtype):
     return module.eval()
 
 
-def check_formats(file, tensors, scales, wanted):
-    """Refuses what would be misread: packed integers, and scales of blocks within a row."""
+def check_formats(file, config, stored, tensors, scales):
+    """Refuses what would be misread: packed numbers, and scales of blocks within a row."""
+    packed = config.get("quantization_config") or {}
+    method = f"{packed.get('quant_method')} {packed.get('weights_dtype', '')}".strip()
+    require(not packed, f"{file}: its config.json says that it is packed by {method}, which is not "
+            f"read: {INSTEAD}")
+
+    for name, where in stored.items():
+        if name.endswith(COMFY_QUANT):
+            with error_context(f"{file}: {name}"):
+                comfy_format = json.loads(bytes(where.read().tolist()))["format"]
+            require(comfy_format.startswith("float8_"),
+                    f"{file}: {name} says {comfy_format}, which is not read: {INSTEAD}")
+
     for name, where in tensors.items():
-        if name in wanted and wanted[name].is_floating_point():
-            require(where.kind in FLOATS, f"{file}: {name} is stored as {where.kind}: packed "
-                    "formats (nvfp4, int8, uint4, ...) are not read; take a bf16 or fp8 file")
+        beside = name.removesuffix("weight")
+        known = [MARKS[mark] for mark in MARKS if beside + mark in stored]
+        known.append(KINDS.get(where.kind, "a packed format, say nvfp4 or uint4"))
+        require(where.kind in FLOATS + COUNTS, f"{file}: {name} is stored as {where.kind} "
+                f"({known[0]}), which is not read: {INSTEAD}")
 
     for name, scale in scales.items():
         if name in tensors:
             count = torch.Size(scale.shape).numel()
-            one_a_row = tensors[name].shape[:1]
-            require(count in (1, *one_a_row), f"{file}: {name} has {count} scales: block formats "
-                    "(mxfp8, nvfp4) are not read; take a bf16 file, or fp8 with a scale a tensor")
+            rows = tensors[name].shape[:1]
+            one_a_row = scale.shape in (rows, [*rows, 1])
+            require(scale.kind in FLOATS and (count == 1 or one_a_row),
+                    f"{file}: {name} has {count} scales stored as {scale.kind}: block formats "
+                    f"(mxfp8, nvfp4) are not read: {INSTEAD}")
 
 
 def check_names(file, stored, scaled, wanted):
@@ -285,12 +471,13 @@ def check_shapes(file, tensors, wanted):
 def read_tensor(where, scale, dtype):
     """A stored tensor as dtype (None: as it is, fp8 as bf16); integers keep their type."""
     value = where.read()
-    if value.dtype in FP8:
+    if value.dtype in FP8 or scale is not None:
+        kept = torch.bfloat16 if value.dtype in FP8 else value.dtype
         value = value.float()
         if scale is not None:
             one_a_row = (-1, *[1] * (value.dim() - 1))             # or one in all
             value = value * scale.read().float().reshape(one_a_row)
-        return value.to(dtype or torch.bfloat16)
+        return value.to(dtype or kept)
     if dtype is not None and value.is_floating_point():
         return value.to(dtype)
     return value
@@ -299,25 +486,27 @@ def read_tensor(where, scale, dtype):
 # --- The parts ------------------------------------------------------------------------------------
 
 def load_transformer(path, device="cpu", dtype=None, config=None):
-    """The denoiser, from a pipeline's folder, its own folder, or a single file.
+    """The denoiser, from a pipeline's folder with its adapters merged, from its own folder, or a
+    single file; or from a hub id.
 
     dtype None keeps what is stored (fp8 becomes bf16). config None: what the files say of
     themselves, else what their shapes tell.
     """
+    path = fetch(path, ("transformer",))
     files, stored_config = locate(path, "transformer")
+    tensors, scales = read_index(files, stored_config)
     if config is None:
         if stored_config and "num_layers" in stored_config:
             config = LensConfig.from_dict(stored_config)
         else:
-            config = config_from_shapes(files[0], stored_shapes(files))
+            shapes = {name: where.shape for name, where in tensors.items()}
+            config = config_from_shapes(files[0], shapes)
     with torch.device("meta"):
         model = LensTransformer(config)
-    return fill(model, files, device, dtype)
-
-
-def stored_shapes(files):
-    """{tensor name: shape}"""
-    return {name: where.shape for name, where in index_files(files).items()}
+    fill(model, files[0], tensors, scales, device, dtype)
+    for adapter in adapters_of(path):
+        merge_lora(model, adapter)
+    return model
 
 
 def config_from_shapes(file, shapes):
@@ -362,11 +551,12 @@ def config_from_shapes(file, shapes):
 def load_vae(path, device="cpu", dtype=None):
     """The autoencoder, from a pipeline's folder, its `vae` folder, or a single file. Where a file
     does not say its size, it is FLUX.2's. [checkpoint]"""
-    files, stored_config = locate(path, "vae")
+    files, stored_config = locate(fetch(path, ("vae",)), "vae")
+    tensors, scales = read_index(files, stored_config)
     config = {**SIZES["full"].vae, **(stored_config or {})}
     with error_context(f"{files[0]}: bad config of an autoencoder"), torch.device("meta"):
         vae = LensVAE(config)
-    fill(vae, files, device, dtype)
+    fill(vae, files[0], tensors, scales, device, dtype)
     if dtype == torch.bfloat16:
         # A picture of 96 to 512 pixels is decoded 1.2 to 1.4 times as fast, on a CPU too.
         vae.to(memory_format=torch.channels_last)
@@ -380,13 +570,16 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE):
     """
     import transformers  # here, because it takes seconds
 
+    path = fetch(path, ("text_encoder",))
+    check_part(path, "text_encoder")
     folder = part_folder(path, "text_encoder")
     tokenizer_folder = part_folder(path, "tokenizer")
     layers = layers_read_by_denoiser(path)
     config = read_json(folder / "config.json")
     model_class, _ = text_model_classes(config.get("model_type"))
 
-    options = dict(dtype=dtype or "auto", local_files_only=True, output_loading_info=True)
+    options = dict(dtype=dtype or "auto", local_files_only=True, output_loading_info=True,
+                   use_safetensors=True)
     if config.get("quantization_config", {}).get("quant_method") == "mxfp4":
         options.update(mxfp4_options(device))
     with error_context(f"cannot load the text encoder from {folder}"):
@@ -394,6 +587,10 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE):
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
             str(tokenizer_folder), local_files_only=True)
 
+    # Numbers whose scales nobody reads: transformers would go on with them as they are.
+    scales = [name for name in info["unexpected_keys"] if SCALE_OF_PACKED.search(name)]
+    require(not scales, f"{folder} is packed in a format that transformers does not know from its "
+            f"config.json (it has {first_few(scales)}): take one in bf16, or MXFP4 with its config")
     # transformers fills missing tensors with random numbers and goes on: wrong pictures, no error.
     missing = {str(name) for name in info["missing_keys"]}
     misshapen = {str(name) for name in info["mismatched_keys"]}
@@ -407,9 +604,11 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE):
 def layers_read_by_denoiser(path):
     """Which layers of the text encoder the pipeline's denoiser reads; the released ones where it
     does not say."""
-    beside = part_folder(path, "transformer") / "config.json"
-    config = read_json(beside) if beside.exists() else {}
-    return LensConfig.from_dict(config).selected_layer_index
+    for folder in with_bases(path):                # a folder of parts alone has no denoiser
+        beside = folder / "transformer" / "config.json"
+        if beside.exists():
+            return LensConfig.from_dict(read_json(beside)).selected_layer_index
+    return LensConfig().selected_layer_index
 
 
 def mxfp4_options(device):
@@ -437,17 +636,15 @@ def load_pipeline(path_or_repo, device="cpu", dtype=None, parts=PARTS, date=DATE
     the denoiser: so a card needs to hold only the larger of the two.
     """
     path = fetch(path_or_repo, parts)
-    for part in parts:
-        found = part_folder(path, part).is_dir()
-        require(found, f"no weights in {path}: expected {path}/{part}/*.safetensors")
+    if len(parts) > 1:                             # one alone may also be a file
+        for part in parts:
+            check_part(path, part)
 
     transformer = vae = text_encoder = None
     if "transformer" in parts:
-        transformer = load_transformer(part_folder(path, "transformer"), device, dtype)
-        if adapter_files(path):                    # the checkpoint is an adapter over its base
-            merge_lora(transformer, path)
+        transformer = load_transformer(path, device, dtype)
     if "vae" in parts:
-        vae = load_vae(part_folder(path, "vae"), device, dtype)
+        vae = load_vae(path, device, dtype)
     if "text_encoder" in parts:
         text_encoder = load_text_encoder(path, device, dtype, date)
     return transformer, vae, text_encoder
@@ -461,7 +658,7 @@ def save_pipeline(folder, transformer=None, vae=None, text_encoder=None, metadat
     dtype         of the stored weights; None: as they are. fp8 stays fp8
     weights       a state dict to store instead of the denoiser's own: an average, gathered from
                   shards, or fp8 with its scales (`x.scale_weight` beside `x.weight`)
-    base          where the parts are that folder does not hold, as a path from folder
+    base          where the parts are that folder does not hold, as `base_from` names it
     """
     folder = Path(folder)
     index = {"_class_name": "LensPipeline", **pipeline_index(folder)}

@@ -226,8 +226,39 @@ def write_json_lines(path, rows):
 def open_safetensors(path):
     """A safetensors file, its tensors not yet read: a context manager with keys(),
     get_tensor(name), metadata()."""
+    other = other_format(path)
+    require(other is None, f"cannot read {path}: it is {other}")
     with error_context(f"cannot read {path}"):
         return safe_open(str(path), "pt")
+
+
+# What weights also come as, and what to do then: by how the file begins, or how its name ends.
+GGUF = "GGUF, which is not read: take a .safetensors file in bf16, or in fp8 with scales"
+PICKLE = "a PyTorch pickle, which is not read as it can run code: take a .safetensors file"
+LFS_POINTER = "what git-lfs puts in the place of a large file: `git lfs pull` fetches it"
+BEGINNINGS = {b"GGUF": GGUF, b"PK\x03\x04": PICKLE, b"\x80": PICKLE,
+              b"version https://git-lfs": LFS_POINTER}
+ENDINGS = {".gguf": GGUF, ".pt": PICKLE, ".pth": PICKLE, ".ckpt": PICKLE, ".bin": PICKLE}
+
+
+def other_format(path):
+    """What a file of weights is, in words, if we know it and it is not safetensors; else None."""
+    with error_context(f"cannot read {path}"), open(path, "rb") as f:
+        begin = f.read(32)
+    if begin[8:9] == b"{":             # safetensors: the header's length in 8 bytes, then JSON
+        return None
+    for known, what in BEGINNINGS.items():
+        if begin.startswith(known):
+            return what
+    return ENDINGS.get(Path(path).suffix)
+
+
+def unread_weights(folder):
+    """"; x.gguf is GGUF, ..." of the first file in a folder whose format is not read, or ""."""
+    for path in sorted(Path(folder).glob("*")):
+        if path.suffix in ENDINGS:
+            return f"; {path.name} is {ENDINGS[path.suffix]}"
+    return ""
 
 
 def write_safetensors(path, tensors, metadata=None):

@@ -2,7 +2,9 @@
 
 Read before: the denoiser in lens.py, kit/files.py.
 """
+import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from kit.files import (
     open_safetensors,
     read_json,
     require,
+    unread_weights,
     write_json,
     write_safetensors,
 )
@@ -139,15 +142,12 @@ def save_lora(model, folder, name="default", metadata=None):
         tensors[f"base_model.model.{layer_name}.lora_B.weight"] = layer.lora_B[name]
 
     first = next(iter(layers.values()))
-    config = {
-        "peft_type": "LORA",
-        "r": first.lora_A[name].shape[0],
-        "lora_alpha": first.alpha[name],
-        "bias": "none",
-        "target_modules": sorted(layers),
-    }
+    scale = {"r": first.lora_A[name].shape[0], "lora_alpha": first.alpha[name]}
+    config = {"peft_type": "LORA", **scale, "bias": "none", "target_modules": sorted(layers)}
     write_json(Path(folder) / "adapter_config.json", config)
-    write_safetensors(Path(folder) / "adapter_model.safetensors", tensors, metadata)
+    # In the file too, which may be copied alone. Last: notes read from another file hold its own.
+    notes = {**(metadata or {}), **scale}
+    write_safetensors(Path(folder) / "adapter_model.safetensors", tensors, notes)
 
 
 LORA_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -159,8 +159,27 @@ LORA_KEY = re.compile(
 
 # What tools put before a layer's name: PEFT, ComfyUI, diffusers; and sd-scripts, which also writes
 # underscores for the dots in it.
+PEFT_PREFIX = "base_model.model."
 TOOL_PREFIX = re.compile(r"^(base_model\.model\.|diffusion_model\.|transformer\.)+")
 SD_SCRIPTS_PREFIX = "lora_unet_"
+
+# Adapters of other kinds, by what stands in their keys.
+OTHER_KINDS = {
+    "lora_magnitude_vector": "DoRA",
+    "dora_scale": "DoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "vera_": "VeRA",
+    ".diff": "whole changes",
+    "lora_B.bias": "a LoRA with biases",
+}
+
+# Settings of PEFT's config under which the change is not strength * alpha / rank * B A. With these
+# starts, PEFT takes a part out of the base, which ours still has.
+OTHER_SETTINGS = ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens",
+                  "layer_replication")
+OTHER_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass
@@ -169,7 +188,9 @@ class LoraPart:
     a: Tensor = None           # [rank, in] fp32
     b: Tensor = None           # [out, rank] fp32
     alpha: float = None        # None: the rank, so that B A is added as it is
+    rank: int = None           # that PEFT's config says, which must be that of a and b
     root: bool = False         # divide by the root of the rank ("rank-stabilised LoRA")
+    path: str = ""             # the layer's name in the file, which PEFT's patterns are about
 
     def change(self, strength):
         """[out, in] fp32: what the weight gains."""
@@ -209,17 +230,19 @@ def lora_file(path):
         if (path / name).exists():
             return path / name
     files = sorted(path.glob("*.safetensors"))
-    require(len(files) == 1,
-            f"no LoRA in {path}: expected one .safetensors file, found {len(files)}")
+    require(len(files) == 1, f"no LoRA in {path}: expected one .safetensors file, found "
+            f"{len(files)}{unread_weights(path)}")
     return files[0]
 
 
 def read_lora(file, layers):
-    """-> ({layer name: LoraPart}, [keys that match none of layers]). Nothing is checked yet."""
+    """-> ({layer name: LoraPart}, [keys that match none of layers]). Of the tensors nothing is
+    checked yet."""
     underscored = {name.replace(".", "_"): name for name in layers}
     parts, unmatched = {}, []
     with error_context(f"cannot read {file}"), open_safetensors(file) as handle:
         settings = lora_settings(file, handle)
+        check_settings(file, settings)
         for key in handle.keys():
             match = LORA_KEY.fullmatch(key)
             name = layer_of(match, underscored)
@@ -227,30 +250,77 @@ def read_lora(file, layers):
                 unmatched.append(key)
                 continue
 
-            part = parts.setdefault(name, LoraPart())
-            tensor = handle.get_tensor(key).float()
-            if match["matrix"] in ("A", "down"):
-                part.a = tensor
-            elif match["matrix"] in ("B", "up"):
-                part.b = tensor
-            else:
+            part = parts.setdefault(name, LoraPart(path=match["layer"].removeprefix(PEFT_PREFIX)))
+            tensor = handle.get_tensor(key)
+            if match["matrix"] is None:
                 part.alpha = tensor.item()
+                continue
+            require(tensor.is_floating_point(), f"{file}: {key} is stored as {tensor.dtype}, a "
+                    "packed format, which is not read")
+            if match["matrix"] in ("A", "down"):
+                part.a = tensor.float()
+            else:
+                part.b = tensor.float()
 
-        # What one layer does not say holds for all: PEFT's config, or the notes of sd-scripts.
-        alpha = settings.get("lora_alpha", settings.get("ss_network_alpha"))
-        for part in parts.values():
-            part.root = bool(settings.get("use_rslora"))
-            if part.alpha is None and alpha is not None:
-                part.alpha = float(alpha)
+        for name, part in parts.items():
+            apply_settings(part, name, settings)
     return parts, unmatched
 
 
 def lora_settings(file, handle):
-    """What holds for all layers: PEFT's config beside the file, else the notes in the file."""
+    """What holds for all layers, under the names of PEFT's config: that config beside the file,
+    else the notes in the file, of diffusers, of sd-scripts, or our own."""
     beside = file.parent / "adapter_config.json"
-    if beside.exists():
+    is_of_another = file.name != LORA_NAMES[0] and (file.parent / LORA_NAMES[0]).exists()
+    if beside.exists() and not is_of_another:
         return read_json(beside)
-    return handle.metadata() or {}
+
+    notes = handle.metadata() or {}
+    if "lora_adapter_metadata" in notes:           # PEFT's config, by diffusers
+        config = json.loads(notes["lora_adapter_metadata"])
+        return {key.removeprefix("transformer."): value for key, value in config.items()}
+
+    settings = {key: notes[key] for key in ("r", "lora_alpha") if key in notes}
+    if "ss_network_alpha" in notes:
+        settings.setdefault("lora_alpha", notes["ss_network_alpha"])
+    by_peft = any(key.startswith(PEFT_PREFIX) for key in handle.keys())
+    if by_peft and not settings:
+        warnings.warn(f"{file} does not say its alpha, nor does an adapter_config.json beside it: "
+                      "taken as its rank", stacklevel=4)
+    return settings
+
+
+def check_settings(file, settings):
+    """LensError where an adapter is not a plain LoRA by its settings."""
+    kind = settings.get("peft_type") or "LORA"
+    require(kind == "LORA", f"{file} is {kind}, not a LoRA, and is not read")
+    for name in OTHER_SETTINGS:
+        require(not settings.get(name), f"{file} is no plain LoRA ({name}) and is not read")
+    start = str(settings.get("init_lora_weights")).lower()
+    require(not start.startswith(OTHER_STARTS), f"{file} changes a base that {start} has changed "
+            "before: have PEFT convert it to a plain LoRA when it saves")
+
+
+def apply_settings(part, name, settings):
+    """Gives the part of a layer what the settings say of it. What the file itself says of it, an
+    alpha beside the matrices, comes first."""
+    paths = (name, part.path)
+    rank = matching(settings.get("rank_pattern"), paths, settings.get("r"))
+    alpha = matching(settings.get("alpha_pattern"), paths, settings.get("lora_alpha"))
+    part.root = bool(settings.get("use_rslora"))
+    if rank is not None:
+        part.rank = int(rank)
+    if part.alpha is None and alpha is not None:
+        part.alpha = float(alpha)
+
+
+def matching(patterns, paths, otherwise):
+    """The value of the first of patterns {regular expression: value} that is the end of a layer's
+    name, from a dot on, as PEFT has it."""
+    for pattern, value in (patterns or {}).items():
+        if any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
+            return value
+    return otherwise
 
 
 def layer_of(match, underscored):
@@ -265,6 +335,10 @@ def layer_of(match, underscored):
 
 def check_lora(file, parts, unmatched, layers):
     """LensError unless every key has its layer, and every layer has two matrices that fit."""
+    for mark, kind in OTHER_KINDS.items():
+        keys = [key for key in unmatched if mark in key]
+        require(not keys, f"{file} is {kind}, not a plain LoRA, and is not read: it has "
+                f"{first_few(keys)}")
     require(parts, f"{file}: this LoRA matches no layer of the model; its keys look like: "
             f"{first_few(unmatched)}")
     require(not unmatched,
@@ -278,3 +352,5 @@ def check_lora(file, parts, unmatched, layers):
         matrices = len(a) == 2 and len(b) == 2
         fits = matrices and (b[0], a[1]) == weight and b[1] == a[0]
         require(fits, f"{file}: {name}: B {b} times A {a} does not give the weight's {weight}")
+        require(part.rank in (None, a[0]), f"{file}: {name} has rank {a[0]}, but its settings say "
+                f"{part.rank}: they are not of this file")

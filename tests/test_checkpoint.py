@@ -358,6 +358,7 @@ def test_an_fp8_file(ending, tmp_path):
 
 
 MATRIX = "transformer_blocks.0.attn.img_qkv"       # 96 x 32
+EIGHT_BITS = torch.zeros(96, 32).to(torch.float8_e4m3fn)
 WRONG = {
     "missing.*txt_in.bias": {"txt_in.bias": None},
     "no place.*extra_thing": {"extra_thing": torch.ones(1)},
@@ -368,8 +369,26 @@ WRONG = {
         f"{MATRIX}.weight": torch.zeros(96, 16, dtype=torch.uint8),
         f"{MATRIX}.weight_scale_2": torch.ones(1)},
     "img_qkv.weight has 192 scales.*mxfp8": {
-        f"{MATRIX}.weight": torch.zeros(96, 32).to(torch.float8_e4m3fn),
+        f"{MATRIX}.weight": EIGHT_BITS,
         f"{MATRIX}.weight_scale": torch.ones(96, 2)},
+    # As many scales as rows, but powers of two alone; or as many as columns.
+    "img_qkv.weight has 96 scales stored as F8_E8M0.*mxfp8": {
+        f"{MATRIX}.weight": EIGHT_BITS,
+        f"{MATRIX}.weight_scale": torch.ones(96, 1).to(torch.float8_e8m0fnu)},
+    "img_qkv.weight has 96 scales stored as U8.*mxfp8": {
+        f"{MATRIX}.weight": EIGHT_BITS,
+        f"{MATRIX}.weight_scale": torch.full((96, 1), 127, dtype=torch.uint8)},
+    "to_out.0.weight has 32 scales": {
+        "transformer_blocks.0.attn.to_out.0.weight": EIGHT_BITS[:32],
+        "transformer_blocks.0.attn.to_out.0.weight_scale": torch.ones(1, 32)},
+    r"comfy_quant says mxfp8, which is not read: take a file in bf16": {
+        f"{MATRIX}.comfy_quant": torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8)},
+    r"stored as I8 \(int8\), which is not read: take a file in bf16": {
+        f"{MATRIX}.weight": torch.zeros(96, 32, dtype=torch.int8),
+        f"{MATRIX}.weight_scale": torch.ones(96, 1)},
+    r"stored as U8 \(bitsandbytes' nf4\)": {
+        f"{MATRIX}.weight": torch.zeros(1536, 1, dtype=torch.uint8),
+        f"{MATRIX}.weight.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)},
 }
 
 
@@ -386,6 +405,68 @@ def test_wrong_tensors_are_named_in_one_line(words, saved):
         load_pipeline(folder, parts=("transformer",))
     assert str(file) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind, shape", [(torch.uint8, (32, 8)), (torch.int8, (32, 16))])
+def test_a_packed_file_without_config_is_named_too(kind, shape, tmp_path):
+    """Its shapes are not the model's, and tell nothing."""
+    state = random_model().state_dict()
+    state["img_in.weight"] = torch.zeros(shape, dtype=kind)
+    save_file(state, tmp_path / "packed.safetensors")
+    with pytest.raises(LensError, match="img_in.weight is stored as .*8 .*take a file in bf16"):
+        load_transformer(tmp_path / "packed.safetensors")
+
+
+def test_a_config_that_says_packed_is_refused_by_its_name(saved):
+    _, folder, _ = saved
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    packed = {"quant_method": "sdnq", "weights_dtype": "uint4"}
+    (folder / "transformer" / "config.json").write_text(
+        json.dumps({**config, "quantization_config": packed}))
+    with pytest.raises(LensError, match="packed by sdnq uint4, which is not read: take a file in"):
+        load_transformer(folder)
+
+
+def test_a_scale_counts_whatever_it_stands_beside(tmp_path):
+    model = random_model()
+    stored = {**model.state_dict(), "img_in.scale_weight": torch.tensor(2.0)}
+    save_file(stored, tmp_path / "one.safetensors")
+    loaded = load_transformer(tmp_path / "one.safetensors")
+    assert torch.equal(loaded.img_in.weight, 2 * model.img_in.weight)
+    assert loaded.img_in.weight.dtype == torch.float32
+
+
+OTHER_FILES = {
+    "one.gguf": (b"GGUF\x03\0\0\0" + bytes(50), "GGUF, which is not read: take a .safetensors"),
+    "one.ckpt": (b"\x80\x02}q\0.", "pickle, which is not read as it can run code: take a .safe"),
+    "one.pt": (b"PK\x03\x04" + bytes(50), "pickle, which is not read"),
+    # Under another name.
+    "a.safetensors": (b"GGUF\x03\0\0\0" + bytes(50), "GGUF"),
+    "b.safetensors": (b"PK\x03\x04" + bytes(50), "pickle"),
+    "c.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid x\n", "git lfs pull"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_a_file_of_another_format_is_named(name, tmp_path):
+    content, words = OTHER_FILES[name]
+    (tmp_path / "p" / "transformer").mkdir(parents=True)
+    (tmp_path / "p" / "transformer" / name).write_bytes(content)
+    for path in (tmp_path / "p" / "transformer" / name, tmp_path / "p"):
+        for load in (load_transformer, read_metadata):
+            with pytest.raises(LensError, match=words) as error:
+                load(path)
+            assert "\n" not in str(error.value)
+
+
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path):
+    """A safetensors file begins with that length in 8 bytes."""
+    file, padding = tmp_path / "one.safetensors", ""
+    model = random_model()
+    while not file.exists() or file.read_bytes()[0] != 0x80:
+        save_file(model.state_dict(), file, {"padding": padding})
+        padding += 8 * "x"
+    assert same(load_transformer(file), model)
 
 
 def test_paths_without_weights(tmp_path):
@@ -492,6 +573,30 @@ def test_tensors_missing_in_a_text_encoder_are_not_made_up(pipeline):
     drop_from_text_encoder(folder, "model.layers.1.self_attn.q_proj.weight")
     with pytest.raises(LensError, match="missing or misshapen.*layers.1.self_attn.q_proj.weight"):
         load_text_encoder(folder)
+
+
+@pytest.mark.parametrize("kind, name", [
+    (torch.int8, "weight_scale"), (torch.float8_e4m3fn, "scale_weight"), (torch.int8, "SCB")])
+def test_a_packed_text_encoder_is_refused(kind, name, pipeline):
+    folder, *_ = pipeline
+    file = folder / "text_encoder" / "model.safetensors"
+    state = load_file(file)
+    layer = "model.layers.1.self_attn.q_proj"
+    state[f"{layer}.weight"] = (100 * state[f"{layer}.weight"]).to(kind)
+    state[f"{layer}.{name}"] = torch.tensor([0.01])
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(LensError, match=f"is packed in a format.*{name}.*take one in bf16"):
+        load_text_encoder(folder)
+
+
+def test_a_pickled_text_encoder_is_not_opened(pipeline):
+    folder, *_ = pipeline
+    file = folder / "text_encoder" / "model.safetensors"
+    torch.save(load_file(file), folder / "text_encoder" / "pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(LensError, match="cannot load the text encoder.*safetensors") as error:
+        load_text_encoder(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_a_text_encoder_of_another_kind_is_refused(pipeline):

@@ -8,7 +8,7 @@ import torch
 from conftest import random_model, relative
 from safetensors.torch import save_file
 
-from kit.checkpoint import load_transformer
+from kit.checkpoint import load_transformer, notes_in
 from kit.files import LensError
 from kit.lora import (
     add_lora,
@@ -198,12 +198,131 @@ def test_scale_for_the_whole_file(config, notes, scale, tmp_path):
     torch.testing.assert_close(change_of(model, FIRST), scale * b @ a)
 
 
+# What PEFT gives FIRST and SECOND under a config of r = alpha = 4. Its patterns of alpha are
+# regular expressions for the end of a layer's name, from a dot on; the first that fits counts.
+PATTERNS = [
+    ({FIRST: 16}, 4, 1),
+    ({"to_out.0": 16}, 4, 4),
+    ({"0.attn.to_out.0": 16}, 4, 1),
+    ({"out.0": 16}, 1, 1),
+    ({"to_out": 16}, 1, 1),
+    ({r"transformer_blocks\.[1-9]\.attn\.to_out\.0": 2}, 1, 0.5),
+    ({SECOND: 8, "to_out.0": 16}, 4, 2),
+    ({"to_out.0": 16, SECOND: 8}, 4, 4),
+    ({f"^{FIRST}": 16}, 4, 1),
+]
+
+
+def save_pair(file, prefix="base_model.model.", notes=None):
+    """The same matrices for FIRST and SECOND, with PEFT's names; returns their product."""
+    a, b = pair()
+    tensors = {}
+    for name in (FIRST, SECOND):
+        tensors[f"{prefix}{name}.lora_A.weight"] = a.clone()
+        tensors[f"{prefix}{name}.lora_B.weight"] = b.clone()
+    save_file(tensors, file, notes)
+    return b @ a
+
+
+def check_scales(model, product, first, second):
+    torch.testing.assert_close(change_of(model, FIRST), first * product)
+    torch.testing.assert_close(change_of(model, SECOND), second * product)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("patterns, first, second", PATTERNS)
+@torch.no_grad()
+def test_patterns_of_alpha(patterns, first, second, rslora, tmp_path):
+    product = save_pair(tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "alpha_pattern": patterns,
+              "rank_pattern": {}, "use_rslora": rslora}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = random_model()
+    merge_lora(model, tmp_path)
+    over_root = 2 if rslora else 1                 # alpha / 2, not alpha / 4
+    check_scales(model, product, over_root * first, over_root * second)
+
+
+@torch.no_grad()
+def test_patterns_of_rank(tmp_path):
+    """r = 8 but for SECOND; alpha = 4 for both."""
+    (a, b), (small_a, small_b) = pair(8), pair(2)
+    config = {"r": 8, "lora_alpha": 4, "rank_pattern": {"1.attn.to_out.0": 2}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({f"{FIRST}.lora_A.weight": a, f"{FIRST}.lora_B.weight": b,
+               f"{SECOND}.lora_A.weight": small_a, f"{SECOND}.lora_B.weight": small_b},
+              tmp_path / "adapter_model.safetensors")
+    model = random_model()
+    merge_lora(model, tmp_path)
+    torch.testing.assert_close(change_of(model, FIRST), 4 / 8 * b @ a)
+    torch.testing.assert_close(change_of(model, SECOND), 4 / 2 * small_b @ small_a)
+
+
+@pytest.mark.parametrize("config", [{"r": 8}, {"r": 4, "rank_pattern": {"to_out.0": 2}}])
+def test_a_config_of_another_file_is_refused(config, tmp_path):
+    save_pair(tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 4, **config}))
+    with pytest.raises(LensError, match="has rank 4, but its settings say .: they are"):
+        merge_lora(random_model(), tmp_path)
+
+
+@torch.no_grad()
+def test_the_config_beside_is_not_of_a_file_with_another_name(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 16}))
+    product = save_pair(tmp_path / "renamed.safetensors", "")
+    model = random_model()
+    merge_lora(model, tmp_path)                    # there is no other that it could be of
+    check_scales(model, product, 4, 4)
+    save_pair(tmp_path / "adapter_model.safetensors")
+    model = random_model()
+    merge_lora(model, tmp_path / "renamed.safetensors")
+    check_scales(model, product, 1, 1)
+
+
+@torch.no_grad()
+def test_the_notes_of_diffusers(tmp_path):
+    config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {SECOND: 2}, "use_rslora": False}
+    notes = {f"transformer.{key}": value for key, value in config.items()}
+    product = save_pair(tmp_path / "pytorch_lora_weights.safetensors", "transformer.",
+                        {"lora_adapter_metadata": json.dumps(notes), "format": "pt"})
+    model = random_model()
+    merge_lora(model, tmp_path)
+    check_scales(model, product, 2, 0.5)
+
+
+@torch.no_grad()
+def test_our_own_file_keeps_its_strength_without_its_config(tmp_path):
+    """alpha 8 over rank 4; notes that came from another adapter do not count."""
+    attached, merged = model_with_adapter(), random_model()
+    stale = {"seed": 3, "lora_alpha": 99, "r": 99}
+    save_lora(attached, tmp_path / "run", metadata=stale)
+    file = tmp_path / "run" / "adapter_model.safetensors"
+    notes = notes_in(file)
+    assert (notes["r"], float(notes["lora_alpha"]), notes["seed"]) == ("4", 8, "3")
+    file.rename(tmp_path / "alone.safetensors")
+    merge_lora(merged, tmp_path / "alone.safetensors")
+    torch.testing.assert_close(velocity(merged), velocity(attached), atol=1e-4, rtol=1e-3)
+
+
+def test_a_file_of_peft_that_lost_its_alpha_says_so(tmp_path):
+    save_pair(tmp_path / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match="does not say its alpha.*taken as its rank"):
+        merge_lora(random_model(), tmp_path)
+
+
 GOOD = {f"{FIRST}.lora_A.weight": torch.ones(2, 32), f"{FIRST}.lora_B.weight": torch.ones(32, 2)}
 MISFITS = {
     "matches no layer": {"other.lora_A.weight": torch.ones(2, 32),
                          "other.lora_B.weight": torch.ones(32, 2)},
     "elsewhere": {**GOOD, "elsewhere.lora_A.weight": torch.ones(1)},
-    "magnitude": {**GOOD, f"{FIRST}.lora_magnitude_vector": torch.ones(32)},     # DoRA
+    "is DoRA, not a plain LoRA.*magnitude": {
+        **GOOD, f"{FIRST}.lora_magnitude_vector": torch.ones(32)},
+    "is DoRA, not a plain LoRA": {**GOOD, f"{FIRST}.dora_scale": torch.ones(32, 1)},
+    "is LoKr": {f"{FIRST}.lokr_w1": torch.ones(2, 2), f"{FIRST}.lokr_w2": torch.ones(16, 16)},
+    "is LoHa": {f"lora_unet_{FIRST.replace('.', '_')}.hada_w1_a": torch.ones(32, 2)},
+    "whole changes": {**GOOD, f"diffusion_model.{SECOND}.diff": torch.ones(32, 32)},
+    "a LoRA with biases": {**GOOD, f"{FIRST}.lora_B.bias": torch.ones(32)},
+    "stored as torch.int8": {**GOOD, f"{FIRST}.lora_A.weight": torch.ones(2, 32).to(torch.int8)},
     "lacks one": {f"{FIRST}.lora_A.weight": torch.ones(2, 32)},
     r"\(32, 32\)": {**GOOD, f"{FIRST}.lora_A.weight": torch.ones(2, 31)},
     r"B \(32, 3\) times A \(2, 32\)": {**GOOD, f"{FIRST}.lora_B.weight": torch.ones(32, 3)},
@@ -225,6 +344,39 @@ def test_a_lora_that_does_not_fit_is_an_error_and_changes_nothing(words, tmp_pat
     assert "\n" not in str(error.value)
     for name, weight in random_model().state_dict().items():
         assert torch.equal(weight, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("setting, words", [
+    ({"use_dora": True}, "no plain LoRA .use_dora."),
+    ({"peft_type": "LOHA"}, "is LOHA, not a LoRA"),
+    ({"peft_type": "ADALORA"}, "is ADALORA, not a LoRA"),
+    ({"init_lora_weights": "pissa_niter_4"}, "changes a base that pissa_niter_4 has changed"),
+    ({"init_lora_weights": "olora"}, "olora"),
+    ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+])
+def test_adapters_of_other_kinds_are_refused(setting, words, tmp_path):
+    save_pair(tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, **setting}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    model = random_model()
+    with pytest.raises(LensError, match=words) as error:
+        merge_lora(model, tmp_path)
+    assert "\n" not in str(error.value)
+    assert change_of(model, FIRST).abs().max() == 0
+
+    # What says that it is not so is read.
+    names = {"use_dora": False, "peft_type": "LORA", "init_lora_weights": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **names, **{
+        name: None for name in setting.keys() - names.keys()}}))
+    assert merge_lora(model, tmp_path) == 2
+
+
+def test_a_pickled_lora_is_named(tmp_path):
+    torch.save({"x": torch.ones(1)}, tmp_path / "adapter_model.bin")
+    for path in (tmp_path, tmp_path / "adapter_model.bin"):
+        with pytest.raises(LensError, match="adapter_model.bin.* is a PyTorch pickle") as error:
+            merge_lora(random_model(), path)
+        assert "\n" not in str(error.value)
 
 
 def test_an_alpha_that_is_no_number_is_one_line(tmp_path):

@@ -427,6 +427,9 @@ def test_what_is_saved_is_a_lora_that_merges(base, whole, tmp_path, capsys):
     merged = load_transformer(base, "cpu", torch.float32)
     assert merge_lora(merged, whole) > 0
     merged = merged.state_dict()
+    taken_as_weights = load_transformer(whole, "cpu", torch.float32).state_dict()
+    assert all(torch.equal(merged[name], taken_as_weights[name]) for name in plain)
+    assert read_metadata(whole)["guidance"] == "1.0"              # as it was trained
     rl.main(["--size", "nano", "--init", str(base), "--out", str(whole),
              "--merge", str(tmp_path / "merged")])
     assert "layers changed" in capsys.readouterr().out
