@@ -19,12 +19,9 @@ attention needs a mask, and but for rounding a picture is the same whatever was 
 Pictures are written as they are made, and what was made is not made again: the same command goes on
 where it was stopped.
 """
-import contextlib
 import functools
 import hashlib
-import itertools
 import json
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -45,43 +42,34 @@ from kit.checkpoint import (
     identity,
     load_pipeline,
     locate,
-    part_folder,
     read_metadata,
 )
+from kit.features import CACHE_BYTES, cached_features, default_cache, denoiser_config, feature_key
 from kit.files import (
-    LensError,
     Parser,
     check_writable,
     error_context,
-    file_hash,
-    first_few,
     lines_of,
     one_form,
-    open_safetensors,
     positive,
-    read_json_lines,
     read_text,
     require,
     run_command,
     seed_number,
     utf8_text,
     write_json_lines,
-    write_safetensors,
 )
 from kit.fp8 import to_fp8
 from kit.images import (
-    ENDINGS,
-    WRITTEN,
     contact_sheet,
     cover,
     from_pil,
-    read_notes,
     read_picture,
-    save_picture,
     to_pil,
     to_rgb,
 )
 from kit.lora import lora_file, merge_lora
+from kit.outputs import metadata_of, names_a_picture, plan_jobs, save_new, save_sheets, words_of
 from kit.run import compile_blocks, pick_attention, pick_device, pick_dtype, use_attention
 from toy import language
 from toy.checker import held_out, round_trip, score, token_diversity
@@ -96,10 +84,7 @@ TOY_BASE = 128           # [ours] the toy's own size
 MAX_AREA = 1440**2       # [paper] works too, though training ends at 1024 x 1024
 USUAL_TEXT = 128         # text tokens of a usual caption: the paper's have 109 words
 STRENGTH = 0.7           # [ours] the share of the steps that is run on a picture of --image
-CACHE_BYTES = 4 * 2**30  # of prompt features on the disk: about 1,200 prompts at full size
 BATCH = 16               # pictures that are made, and then written, at a time
-SHEET = 100              # pictures on a contact sheet, which are made smaller than
-SHEET_SIDE = 512         # this, so that no sheet has more than 5,200 pixels a side
 
 
 # --- The sampler ----------------------------------------------------------------------------------
@@ -316,109 +301,6 @@ def usual_base(notes, channels):
     return int(notes.get("base", default))
 
 
-# --- Features on the disk: a prompt that was encoded once needs no encoder again ------------------
-
-def cached_features(folder, prompts, device, dtype, date=lens.DATE, cache="", encoder=None):
-    """Features of prompts as from encoder.encode_each, from the disk cache, encoding what is not
-    there.
-
-    folder    the pipeline's folder;  cache: a folder, "" for none
-    encoder   one that is loaded already. None: it is loaded where something is missing, and let go
-              again before the denoiser comes: a 24 GB card never has to hold both
-    Returns [features], None for an empty prompt.
-    """
-    paths = [None] * len(prompts)
-    if cache:
-        common = feature_key(folder, dtype, date)
-        for i, prompt in enumerate(prompts):
-            if prompt.strip():
-                name = hashlib.sha256(f"{common}\0{prompt}".encode()).hexdigest()
-                paths[i] = Path(cache) / f"{name}.safetensors"
-
-    features = [read_features(path) for path in paths]
-    # None so far: not in the cache, or an empty prompt, which has no features.
-    missing = [i for i, own in enumerate(features) if own is None and prompts[i].strip()]
-    if missing:
-        if encoder is None:
-            _, _, encoder = load_pipeline(folder, device, dtype, parts=("text_encoder",), date=date)
-        works = bool(cache)
-        for k in range(0, len(missing), 64):       # a kill costs no more than these
-            few = missing[k:k + 64]
-            for i, own in zip(few, encoder.encode_each([prompts[i] for i in few])):
-                features[i] = own.cpu()
-            works = works and keep_features({paths[i]: features[i] for i in few})
-        if works:
-            trim_cache(cache)
-    return features
-
-
-def feature_key(folder, dtype, date):
-    """What features depend on beside the prompt: the encoder's weights, its tokenizer, the layers
-    that are read, the chat form around the prompt, its date, and the precision."""
-    layers = denoiser_config(folder).selected_layer_index
-    tokenizer = part_folder(Path(folder), "tokenizer") / "tokenizer.json"
-    parts = (identity(folder, "text_encoder"),
-             file_hash(tokenizer) if tokenizer.exists() else "", layers, lens.CHAT, date, dtype)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def denoiser_config(folder):
-    """The LensConfig of a pipeline's denoiser; the released one's where no file says it."""
-    _, config = locate(folder, "transformer")
-    return lens.LensConfig.from_dict(config or {})
-
-
-def read_features(path):
-    """[K, S, E] of a cache entry; None where there is none, or one that cannot be read: it is made
-    again."""
-    if path is None:
-        return None
-    try:
-        with error_context(f"cannot read {path}"), open_safetensors(path) as f:
-            return f.get_tensor("features")
-    except LensError:
-        return None
-
-
-def keep_features(entries):
-    """{path: features} -> whether all are kept. A full disk, or a folder that is another user's,
-    costs the cache, not the picture."""
-    for path, own in entries.items():
-        try:
-            write_safetensors(path, {"features": own})
-        except LensError as e:
-            print(f"note: prompt features were not cached: {e}", file=sys.stderr)
-            return False
-    return True
-
-
-ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")   # a cache entry's name
-
-
-def trim_cache(folder, limit=CACHE_BYTES):
-    """Removes the oldest entries of a cache until the rest takes at most `limit` bytes. Other files
-    in the folder stay."""
-    entries = []                                   # (time, size, path)
-    with contextlib.suppress(OSError):             # another process may be doing the same
-        for path in Path(folder).iterdir():
-            if ENTRY.fullmatch(path.name):
-                status = path.stat()
-                entries.append((status.st_mtime, status.st_size, path))
-        total = sum(size for _, size, _ in entries)
-        for _, size, path in sorted(entries):
-            if total > limit:
-                path.unlink()
-                total -= size
-
-
-def default_cache():
-    """~/.cache/lens; "" for a user without a home, as containers have them."""
-    try:
-        return str(Path.home() / ".cache" / "lens")
-    except RuntimeError:
-        return ""
-
-
 # --- Evaluation on the toy world ------------------------------------------------------------------
 
 @torch.no_grad()
@@ -509,11 +391,6 @@ def strange_words(prompts, notes):
     for prompt in prompts:
         used.update(words_of(prompt))
     return sorted(used - known), known
-
-
-def words_of(text):
-    """Its words in lower case, without punctuation."""
-    return "".join(c if c.isalnum() else " " for c in text.lower()).split()
 
 
 def make_reasoner(notes, encoder=None, system_prompt=None, endpoint=None, model="default",
@@ -707,47 +584,6 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
         print(f"{len(jobs)} pictures in {out}, all of them in {sheets}")
 
 
-@dataclass
-class Job:
-    """A picture that was asked for."""
-    prompt: str
-    seed: int
-    notes: dict               # all that decides what it shows, and what people want to know of it
-    path: Path                # where it stands, or will
-    row: dict | None          # GenEval's metadata
-
-
-def plan_jobs(out, requests, prompts, rows, num, first_seed, common):
-    """[Job], `num` for each prompt. LensError where a file must have a certain name, and something
-    else has it. common: {name: value}, notes of all pictures. The others are as in
-    `pictures_command`."""
-    total = num * len(prompts)
-    jobs = []
-    for p, prompt in enumerate(prompts):
-        for k in range(num):
-            number = len(jobs)
-            seed = first_seed + number
-            notes = {"prompt": prompt, "seed": seed, **common}
-            if "reasoner" in common:
-                notes["request"] = requests[p]
-
-            row = None
-            if rows is not None:       # GenEval's layout: 00000/metadata.jsonl, 00000/samples/
-                row = rows[p]
-                path = out / f"{p:05d}" / "samples" / f"{k:04d}.png"
-                check_same(path, notes)
-                metadata = metadata_of(path)
-                require(not metadata.exists() or read_json_lines(metadata) == [row],
-                        f"{metadata} is of other prompts: give another --out")
-            elif names_a_picture(out):
-                path = out if total == 1 else out.with_stem(f"{out.stem}-{number}")
-                check_same(path, notes)
-            else:
-                path = free_path(out / f"{file_name(requests[p])}-{seed}.png", notes)
-            jobs.append(Job(prompt, seed, notes, path, row))
-    return jobs
-
-
 def make_pictures(jobs, pipeline, features, negative, sampling, image=None, strength=1.0,
                   say=None):
     """Makes the pictures of jobs, and writes each batch when it is made.
@@ -770,84 +606,6 @@ def make_pictures(jobs, pipeline, features, negative, sampling, image=None, stre
             job.path = save_new(picture, job.path, job.notes)
             if say:
                 say(str(job.path))
-
-
-def save_sheets(out, jobs):
-    """Contact sheets of all jobs' pictures, SHEET on each. -> their paths"""
-    paths = []
-    for k in range(0, len(jobs), SHEET):
-        few = jobs[k:k + SHEET]
-        pictures = []
-        with error_context("no contact sheet"):    # somebody may have moved a picture
-            for job in few:
-                picture = read_picture(job.path.read_bytes())
-                picture.thumbnail((SHEET_SIDE, SHEET_SIDE))
-                pictures.append(picture)
-        name = "sheet.png" if len(jobs) <= SHEET else f"sheet-{1 + k // SHEET}.png"
-        shown = hashlib.sha256(repr([job.notes for job in few]).encode()).hexdigest()
-        notes = {"prompts": "\n".join(dict.fromkeys(job.prompt for job in few)),
-                 "seed": few[0].seed, "weights": few[0].notes["weights"], "pictures": shown[:16]}
-        paths.append(save_new(contact_sheet(pictures), out / name, notes))
-    return paths
-
-
-# --- Files that are never written over ------------------------------------------------------------
-
-def names_a_picture(out):
-    """Whether --out names a file, such as picture.jpg, and not a folder. LensError for a picture
-    file of a kind that is not written."""
-    ending = out.suffix.lower()
-    if ending not in ENDINGS or out.is_dir():
-        return False
-    require(ending in WRITTEN, f"--out {out}: pictures are written as {', '.join(WRITTEN)}")
-    return True
-
-
-def file_name(request):
-    """A request as a file name: its words, joined by hyphens, 60 characters at most, and 180 bytes:
-    a file system takes 255 with what is added."""
-    name = "-".join(words_of(request))[:60]
-    return name.encode()[:180].decode(errors="ignore") or "picture"
-
-
-def metadata_of(path):
-    """GenEval's file for a picture's prompt."""
-    return path.parents[1] / "metadata.jsonl"
-
-
-def differing(path, notes):
-    """Names of the notes in which the picture at a path is another one; of none it was made from
-    the same."""
-    kept = read_notes(path)
-    wanted = {name: str(value) for name, value in notes.items()}
-    return [name for name in kept.keys() | wanted.keys() if kept.get(name) != wanted.get(name)]
-
-
-def check_same(path, notes):
-    """LensError where something else stands at a path that must be the picture's with these
-    notes."""
-    if path.exists():
-        others = differing(path, notes)
-        what = f"with another {first_few(others)}" if read_notes(path) else "and is not ours"
-        require(not others, f"{path} is there already, {what}: give another --out, or remove it")
-
-
-def free_path(path, notes):
-    """`path`; where something else stands there, the first of path_2, path_3, ... that is free or
-    holds the picture with these notes."""
-    chosen = path
-    for number in itertools.count(2):
-        if not chosen.exists() or not differing(chosen, notes):
-            return chosen
-        chosen = path.with_stem(f"{path.stem}_{number}")
-
-
-def save_new(picture, path, notes):
-    """Writes a picture at its free path, unless it is there already. -> that path"""
-    path = free_path(path, notes)          # asked again: another process may have taken it
-    if not path.exists():
-        save_picture(picture, path, notes)
-    return path
 
 
 def open_start(path):

@@ -3,6 +3,7 @@ a run's folder."""
 import contextlib
 import json
 import os
+import shutil
 import socket
 import struct
 import threading
@@ -15,6 +16,9 @@ import torch
 import kit.files
 import kit.run
 import lens
+import vae
+from kit.checkpoint import load_pipeline, save_pipeline
+from toy.language import toy_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = Path(__file__).resolve().parent / "goldens"
@@ -65,6 +69,42 @@ def parts(tmp_path_factory):
     toy.autoencoder.main(["--out", str(folder), "--size", "nano", "--steps", "4", "--report", "10",
                           "--dtype", "fp32"])
     toy.language.main(["--size", "nano", "--steps", "6", "--out", str(folder), "--save-every", "3"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nano(tmp_path_factory):
+    """A whole pipeline of size nano on disk, with weights that are random but not zero."""
+    folder = tmp_path_factory.mktemp("nano")
+    sizes = lens.SIZES["nano"]
+    tokenizer = toy_tokenizer(scenes=200)
+    text_model = lens.build_text_model(
+        sizes.text_encoder, seed=1, vocab_size=len(tokenizer), pad_token_id=0,
+        eos_token_id=tokenizer.eos_token_id)
+    encoder = lens.TextEncoder(text_model, tokenizer, sizes.transformer.selected_layer_index)
+
+    torch.manual_seed(0)
+    model = lens.build("nano", 0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    autoencoder = vae.LensVAE(sizes.vae).eval()
+    notes = dict(steps=3, guidance=2.0, base=64,
+                 words=json.dumps(["a", "red", "blue", "circle"]))
+    save_pipeline(folder, model, autoencoder, encoder, notes)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(nano):
+    """Its three parts, loaded: (transformer, vae, text encoder)."""
+    return load_pipeline(nano)
+
+
+@pytest.fixture
+def copied(nano, tmp_path):
+    """A copy of the pipeline that a test may change."""
+    folder = tmp_path / nano.name
+    shutil.copytree(nano, folder)
     return folder
 
 

@@ -3,7 +3,6 @@ features, and the command line on a nano model."""
 import json
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +17,12 @@ import kit.checkpoint
 import lens
 import sample
 import vae
-from kit.checkpoint import load_pipeline, load_transformer, save_pipeline
+from kit import outputs
+from kit.checkpoint import load_transformer
 from kit.files import LensError, write_json, write_safetensors
 from kit.images import from_pil, read_notes
 from kit.lora import add_lora, lora_parameters, save_lora
 from toy.checker import token_diversity
-from toy.language import toy_tokenizer
 from toy.world import TASKS, draw, sample_scene
 
 GRID = (3, 4)
@@ -47,32 +46,6 @@ def load_golden(model, tensors):
              if key.startswith(prefix)}
     model.load_state_dict(state)
     return model.eval()
-
-
-@pytest.fixture(scope="module")
-def nano(tmp_path_factory):
-    """A whole pipeline of size nano on disk, with weights that are random but not zero."""
-    folder = tmp_path_factory.mktemp("nano")
-    tokenizer = toy_tokenizer(scenes=200)
-    text_model = lens.build_text_model(
-        NANO.text_encoder, seed=1, vocab_size=len(tokenizer), pad_token_id=0,
-        eos_token_id=tokenizer.eos_token_id)
-    encoder = lens.TextEncoder(text_model, tokenizer, NANO.transformer.selected_layer_index)
-
-    torch.manual_seed(0)
-    model = lens.build("nano", 0)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    autoencoder = vae.LensVAE(NANO.vae).eval()
-    notes = dict(steps=3, guidance=2.0, base=64,
-                 words=json.dumps(["a", "red", "blue", "circle"]))
-    save_pipeline(folder, model, autoencoder, encoder, notes)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipeline(nano):
-    return load_pipeline(nano)
 
 
 def noise_and_text(batch=2, length=5, seed=0):
@@ -351,182 +324,6 @@ def test_noise_is_of_its_seed_alone():
     assert noise.shape == (1, 12, 16)
 
 
-# --- Features on the disk -------------------------------------------------------------------------
-
-def key_of(folder, dtype=torch.float32, date=lens.DATE):
-    return sample.feature_key(folder, dtype, date)
-
-
-@pytest.fixture
-def copied(nano, tmp_path):
-    """A copy of the pipeline that a test may change."""
-    folder = tmp_path / nano.name
-    shutil.copytree(nano, folder)
-    return folder
-
-
-def read_other_layers(folder):
-    """Lets a pipeline's denoiser read the encoder's layers in the other order."""
-    path = folder / "transformer" / "config.json"
-    config = json.loads(path.read_text())
-    assert config["selected_layer_index"] == [0, 1]
-    write_json(path, {**config, "selected_layer_index": [1, 0]})
-
-
-def test_the_cache_key_knows_what_features_depend_on(copied, monkeypatch):
-    keys = [key_of(copied)]
-    assert key_of(copied) == keys[0]                              # the same again
-
-    keys.append(key_of(copied, dtype=torch.bfloat16))
-    keys.append(key_of(copied, date="2027-01-01"))
-    with monkeypatch.context() as patch:
-        head, tail = lens.CHAT["gpt_oss"]
-        patch.setitem(lens.CHAT, "gpt_oss", (head + " ", tail))
-        keys.append(key_of(copied))
-
-    read_other_layers(copied)
-    keys.append(key_of(copied))
-    tokenizer = copied / "tokenizer" / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text() + "\n")
-    keys.append(key_of(copied))
-    weights = copied / "text_encoder" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    keys.append(key_of(copied))
-    assert len(set(keys)) == len(keys) == 7
-
-
-def cached(folder, prompts, cache):
-    return sample.cached_features(folder, prompts, "cpu", torch.float32, cache=str(cache))
-
-
-def test_another_selection_of_layers_gets_its_own_features(copied, tmp_path):
-    """Once the cache served it those of the layers that were read first."""
-    before = cached(copied, ["a red circle"], tmp_path / "cache")[0]
-    read_other_layers(copied)
-    after = cached(copied, ["a red circle"], tmp_path / "cache")[0]
-    assert not torch.equal(before, after)
-    torch.testing.assert_close(after, before.flip(0))
-
-
-def test_features_of_the_cache_are_those_of_the_encoder(nano, pipeline, tmp_path):
-    prompts = ["a red circle", "", "two blue stars"]
-    expected = pipeline[2].encode_each(prompts)
-    first = cached(nano, prompts, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2                     # no text is nothing to keep
-    second = cached(nano, prompts, tmp_path)
-    for ours, again, theirs in zip(first, second, expected):
-        if theirs is None:
-            assert ours is None and again is None
-        else:
-            assert torch.equal(ours, theirs)
-            assert torch.equal(again, theirs)
-
-
-def test_only_what_is_missing_is_encoded(nano, pipeline, tmp_path):
-    cached(nano, ["a red circle"], tmp_path)
-    asked = []
-
-    class Listening:
-        def encode_each(self, prompts):
-            asked.extend(prompts)
-            return pipeline[2].encode_each(prompts)
-
-    sample.cached_features(nano, ["a star", "a red circle", ""], "cpu", torch.float32,
-                           cache=str(tmp_path), encoder=Listening())
-    assert asked == ["a star"]
-
-
-def test_a_spoilt_entry_is_made_again(nano, tmp_path):
-    first = cached(nano, ["a red circle"], tmp_path)[0]
-    (entry,) = tmp_path.iterdir()
-    entry.write_bytes(b"torn")
-    assert torch.equal(cached(nano, ["a red circle"], tmp_path)[0], first)
-    assert torch.equal(sample.read_features(entry), first)
-
-
-def test_a_disk_that_takes_nothing_costs_the_cache_alone(nano, tmp_path, capsys):
-    (tmp_path / "file").write_text("not a folder")
-    features = cached(nano, ["a red circle", "a star"], tmp_path / "file" / "cache")
-    assert all(own is not None for own in features)
-    notes = capsys.readouterr().err.splitlines()
-    assert len(notes) == 1
-    assert notes[0].startswith("note: prompt features were not cached: cannot write")
-
-
-def test_a_cache_that_cannot_be_read_costs_the_cache_alone(nano, tmp_path, capsys):
-    """Another user's folder was once a traceback; so is a name that the file system refuses."""
-    features = cached(nano, ["a red circle"], tmp_path / ("x" * 300))
-    assert features[0] is not None
-    assert capsys.readouterr().err.startswith("note: prompt features were not cached: cannot write")
-
-
-def test_an_entry_without_features_is_made_again(nano, tmp_path):
-    first = cached(nano, ["a red circle"], tmp_path)[0]
-    (entry,) = tmp_path.iterdir()
-    write_safetensors(entry, {"other": torch.zeros(1)})
-    assert torch.equal(cached(nano, ["a red circle"], tmp_path)[0], first)
-
-
-def test_the_oldest_entries_of_the_cache_go_first(tmp_path):
-    names = [letter * 64 for letter in "bac"]      # the oldest first
-    for age, name in enumerate(names):
-        entry = tmp_path / f"{name}.safetensors"
-        entry.write_bytes(bytes(100))
-        os.utime(entry, (1000 + age, 1000 + age))
-    others = [tmp_path / "model.safetensors", tmp_path / "notes.txt"]
-    for other in others:
-        other.write_bytes(bytes(1000))
-        os.utime(other, (1, 1))
-
-    def kept():
-        return sorted(path.name[0] for path in tmp_path.glob("?" * 64 + ".safetensors"))
-
-    sample.trim_cache(tmp_path, limit=300)
-    assert kept() == ["a", "b", "c"]
-    sample.trim_cache(tmp_path, limit=299)
-    assert kept() == ["a", "c"]
-    sample.trim_cache(tmp_path, limit=1)
-    assert kept() == []
-    assert all(other.exists() for other in others)
-    sample.trim_cache(tmp_path / "none")           # nothing to do, and no error
-
-
-def test_the_cache_is_trimmed_when_it_has_grown(nano, tmp_path, monkeypatch):
-    trimmed = []
-    monkeypatch.setattr(sample, "trim_cache", trimmed.append)
-    cached(nano, ["a red circle"], tmp_path)
-    cached(nano, ["a red circle"], tmp_path)       # nothing new
-    assert trimmed == [str(tmp_path)]
-
-
-def test_many_prompts_are_kept_as_they_are_encoded(nano, pipeline, tmp_path):
-    """A kill costs the last 64, not all."""
-    prompts = [f"{'a ' * (k % 3)}red circle {k}" for k in range(70)]
-
-    class DiesInTheSecond:
-        calls = 0
-
-        def encode_each(self, few):
-            self.calls += 1
-            if self.calls == 2:
-                raise KeyboardInterrupt
-            return pipeline[2].encode_each(few)
-
-    with pytest.raises(KeyboardInterrupt):
-        sample.cached_features(nano, prompts, "cpu", torch.float32, cache=str(tmp_path),
-                               encoder=DiesInTheSecond())
-    assert len(list(tmp_path.iterdir())) == 64
-
-
-def test_a_user_without_a_home_has_no_cache(monkeypatch):
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", homeless)
-    assert sample.default_cache() == ""
-    assert sample.arguments(["--prompt", "a star"]).cache == ""
-
-
 # --- Evaluation -----------------------------------------------------------------------------------
 
 def test_evaluation_measures_diversity_where_asked(pipeline):
@@ -703,16 +500,16 @@ def test_a_place_that_was_taken_meanwhile_is_left_alone(tmp_path):
     """Two processes may write into one folder."""
     white, red = Image.new("RGB", (4, 4), "white"), Image.new("RGB", (4, 4), "red")
     path = tmp_path / "a-star-0.png"
-    assert sample.save_new(white, path, {"seed": 0}) == path
-    other = sample.save_new(red, path, {"seed": 1})
+    assert outputs.save_new(white, path, {"seed": 0}) == path
+    other = outputs.save_new(red, path, {"seed": 1})
     assert other == tmp_path / "a-star-0_2.png"
-    assert sample.save_new(red, path, {"seed": 1}) == other
+    assert outputs.save_new(red, path, {"seed": 1}) == other
     assert Image.open(path).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_many_pictures_are_on_several_sheets_of_small_ones(nano, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "SHEET", 2)
-    monkeypatch.setattr(sample, "SHEET_SIDE", 32)
+    monkeypatch.setattr(outputs, "SHEET", 2)
+    monkeypatch.setattr(outputs, "SHEET_SIDE", 32)
     asks_for(nano, tmp_path, *THREE)
     sheets = sorted((tmp_path / "o").glob("sheet*.png"))
     assert [path.name for path in sheets] == ["sheet-1.png", "sheet-2.png"]
@@ -724,10 +521,10 @@ def test_many_pictures_are_on_several_sheets_of_small_ones(nano, tmp_path, monke
 
 
 def test_a_name_fits_a_file_system_in_every_script():
-    assert sample.file_name("A red, circle!") == "a-red-circle"
-    assert sample.file_name("...") == "picture"
+    assert outputs.file_name("A red, circle!") == "a-red-circle"
+    assert outputs.file_name("...") == "picture"
     for letter in ("a", "é", "赤", "𝐀"):            # of 1 to 4 bytes
-        name = sample.file_name(letter * 100)
+        name = outputs.file_name(letter * 100)
         assert set(name) <= {letter, letter.lower()}
         assert 45 <= len(name) <= 60
         assert len(name.encode()) <= 180
