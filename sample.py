@@ -36,7 +36,7 @@ import lens
 import reason
 from kit.chat import Endpoint
 from kit.checkpoint import (
-    adapter_files,
+    adapters_of,
     fetch,
     fetch_lora,
     identity,
@@ -450,10 +450,10 @@ class Weights:
     def fingerprint(self):
         """16 hex digits of all that a picture depends on here: the text encoder with what is around
         the prompt, and the names, sizes and dates of the other files."""
-        files = [*locate(self.folder, "transformer")[0], *adapter_files(self.folder),
+        files = [*locate(self.folder, "transformer")[0], *adapters_of(self.folder),
                  *locate(self.folder, "vae")[0]]
         if self.lora:
-            files.append(lora_file(self.lora))
+            files.append(lora_file(self.lora_path))
         parts = [feature_key(self.folder, self.dtype, self.date)]
         for file in files:
             status = file.stat()
