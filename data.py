@@ -37,7 +37,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from kit.chat import Endpoint
-from kit.checkpoint import load_pipeline, vae_identity
+from kit.checkpoint import load_pipeline
 from kit.files import (
     LensError,
     Parser,
@@ -64,6 +64,7 @@ from kit.images import (
     to_images,
 )
 from kit.pack import CLASSIFIED, LIMITS, Classifier, pack
+from kit.places import vae_identity
 from kit.run import make_loader
 from kit.tars import Part, fill_tar, find_files, read, tar_parts
 from kit.tars import words_of as captions_and_notes

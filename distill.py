@@ -42,7 +42,6 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -56,18 +55,19 @@ import kit.lora
 import lens
 import sample
 import train
-from kit.checkpoint import (
-    base_from,
-    fetch,
-    has_parts,
-    load_pipeline,
-    read_metadata,
-    save_pipeline,
-    unsharded,
-    vae_identity,
-)
+from kit.checkpoint import load_pipeline, save_pipeline, unsharded
 from kit.files import Parser, not_negative, positive, require, run_command, seed_number
 from kit.images import contact_sheet, save_png
+from kit.places import (
+    Places,
+    add_part_flags,
+    base_from,
+    fetch_places,
+    gather,
+    has_parts,
+    read_metadata,
+    vae_identity,
+)
 from kit.players import Players, trained_weights
 from kit.run import (
     Log,
@@ -602,8 +602,8 @@ class Progress:
 @dataclass(frozen=True)
 class Output:
     """What checkpoints, scores and contact sheets need beside the weights."""
-    teacher: str           # as it was asked for, and
-    folder: Path           # where it is
+    teacher: Places        # as it was asked for, and
+    here: Places           # on this machine
     vae: nn.Module
     encoder: lens.TextEncoder
     home: tuple            # (height, width) at which the student is evaluated
@@ -629,11 +629,11 @@ def write_student(run, model, lora, progress, output):
         "trained_steps": progress.step,
         "trained_seconds": round(progress.seconds),
         "score": json.dumps(progress.scores),
-        "teacher": output.teacher,
+        "teacher": str(output.teacher),
         "steps": STEPS,
         "guidance": 1.0,
         "base": output.home[0],
-        "words": read_metadata(output.folder).get("words", "[]"),
+        "words": read_metadata(output.here.transformer).get("words", "[]"),
     }
     base = base_from(run.out, output.teacher)
     if lora:
@@ -801,7 +801,7 @@ def open_source(run, stage, output, pattern):
     paths = find_files(pattern)
     if all(path.endswith(".tar") for path in paths):
         return data.ShardSource(pattern, stage.sizes(), run.seed, vae, encoder, run.device,
-                                workers=4, vae_hash=vae_identity(output.folder), say=run.say)
+                                workers=4, vae_hash=vae_identity(output.here.vae), say=run.say)
     (path,) = paths
     return data.CaptionSource(path, stage.sizes(), encoder)
 
@@ -810,7 +810,7 @@ def distill(run, size, teacher, settings, same, schedule, pattern=None, lora=0, 
             compiled=False):
     """A whole run, from what `run.out` holds of it to its last step.
 
-    teacher   a folder or hub id
+    teacher   Places of it, or its name
     same      {flag: value}, the settings that a resume must share
     pattern   of tar shards, or a file of captions; None: the toy world
     lora      rank of adapters; 0: all weights
@@ -821,12 +821,13 @@ def distill(run, size, teacher, settings, same, schedule, pattern=None, lora=0, 
     use_attention(run.attention)
 
     # The frozen models, and the four that play.
-    folder = fetch(teacher, ("transformer", "vae", "text_encoder"))
+    teacher = gather(teacher)
+    here = fetch_places(teacher)
     dtype = torch.float32 if size in train.TOY_SIZES else None     # None: as they are stored
-    _, vae, encoder = load_pipeline(folder, run.device, dtype, parts=("vae", "text_encoder"))
-    output = Output(teacher, folder, vae, encoder, data.bucket(stage.home), same)
+    _, vae, encoder = load_pipeline(here, run.device, dtype, parts=("vae", "text_encoder"))
+    output = Output(teacher, here, vae, encoder, data.bucket(stage.home), same)
     # Under FSDP no device ever holds a whole model.
-    base, _, _ = load_pipeline(folder, "cpu" if fsdp else run.device, torch.float32,
+    base, _, _ = load_pipeline(here, "cpu" if fsdp else run.device, torch.float32,
                                parts=("transformer",))
     require(base.config == config, f"--teacher {teacher}: its weights are not of size {size}")
     shard_dtype = None
@@ -888,9 +889,10 @@ def arguments(argv):
                     "The same command again resumes.", __doc__)
     add = parser.add_argument
     add("--size", default="toy", choices=lens.SIZES, help="default: toy")
-    add("--teacher", default=str(sample.TOY), metavar="DIR_OR_REPO",
-        help="the model to distil, where student and fake start too: a folder or hub id "
+    add("--teacher", default=str(sample.TOY), metavar="DIR_FILE_OR_REPO",
+        help="the model to distil, where student and fake start too: a folder, file or hub id "
              "(default: weights/toy)")
+    add_part_flags(add)
     add("--out", default="runs/turbo", metavar="DIR",
         help="the student, its state, metrics.jsonl, curves.svg, contact sheets")
     add("--data", metavar="GLOB",
@@ -954,18 +956,19 @@ def main(argv=None):
     settings = settings_for(args.size, args.lora, args.steps, args.lr, args.guidance, args.without)
     check_settings(settings)
 
+    teacher = gather(args.teacher, args.vae, args.text_encoder)
     if args.export:
         require(args.lora, "--export: name the adapter's rank with --lora")
         score_at = None
         if args.size in ("nano", "toy"):
             score_at = data.bucket(settings.stage.home)
-        export(args.out, args.teacher, args.export, args.lora, pick_device(args.device), score_at)
+        export(args.out, teacher, args.export, args.lora, pick_device(args.device), score_at)
         return
 
     check_data(args.size, args.data, settings.without)
     same = {
         "--size": args.size,
-        "--teacher": args.teacher,
+        "--teacher": str(teacher),
         "--seed": args.seed,
         "--data": args.data,
         "--lora": args.lora,
@@ -986,7 +989,7 @@ def main(argv=None):
     schedule = train.Schedule(save_every=args.save_every,
                               eval_every=0 if args.data else args.eval_every,
                               preview_every=args.preview_every)
-    distill(run, args.size, args.teacher, settings, same, schedule, pattern=args.data,
+    distill(run, args.size, teacher, settings, same, schedule, pattern=args.data,
             lora=args.lora, fsdp=args.fsdp, compiled=compiled)
 
 

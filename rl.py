@@ -52,10 +52,11 @@ import reason
 import sample
 import train
 from kit.chat import Endpoint
-from kit.checkpoint import base_from, fetch, load_pipeline, read_metadata, save_pipeline
+from kit.checkpoint import load_pipeline, save_pipeline
 from kit.files import Parser, not_negative, positive, require, run_command, seed_number
 from kit.images import contact_sheet, save_png
 from kit.lora import add_lora, lora_parameters, merge_lora, named_lora, save_lora, set_lora
+from kit.places import add_part_flags, base_from, fetch_places, gather, read_metadata
 from kit.rubrics import (
     EndpointJudge,
     gaming,
@@ -508,7 +509,7 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
                  dtype=None, compiled=False):
     """Reward RL on a trained model: what it learns is a LoRA. The same call again resumes.
 
-    init, size  the model to improve, and its name in lens.SIZES
+    init, size  the model to improve, its name or Places, and its name in lens.SIZES
     rows        [PromptRow] to train on;  shown: [(prompt, seed)] of the contact sheets
     same_run    {"--flag": value} that a later call must share to resume this run
     schedule    train.Schedule;  per_task: prompts a task in its evaluations
@@ -560,7 +561,7 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
         row |= watch_and_view(run, viewer, progress, row, schedule, bar)
         log(**row)
         if stop or due(schedule.save_every, progress.step, settings.steps):
-            save(run, policies, progress, same_run)
+            save(run, policies, progress, init, same_run)
             log.draw()
         bar.update()
         bar.set_postfix_str(in_brief(row))
@@ -619,9 +620,8 @@ def in_brief(row):
 
 def load_base(run, init, size):
     """(transformer, vae, text encoder) of --init. LensError where it is not of --size."""
-    folder = fetch(init, ("transformer", "vae", "text_encoder"))
     dtype = torch.bfloat16 if run.bf16 else torch.float32
-    model, vae, encoder = load_pipeline(folder, run.device, dtype)
+    model, vae, encoder = load_pipeline(init, run.device, dtype)
     require(model.config == lens.SIZES[size].transformer,
             f"--init {init}: its weights are not of size {size}")
     return model, vae, encoder
@@ -638,7 +638,7 @@ def resume(run, policies, same_run):
     return progress
 
 
-def save(run, policies, progress, same_run):
+def save(run, policies, progress, init, same_run):
     """The average of the adapters in PEFT's format, which sample.py --lora takes, and --weights, as
     it names its base; and the state, last: a run that is killed between the two makes the same
     adapter again."""
@@ -651,19 +651,19 @@ def save(run, policies, progress, same_run):
             "guidance": 1.0,
             "score_before": json.dumps(progress.base),
             "score": json.dumps(progress.scores),
-            "init": same_run["--init"],
+            "init": str(init),
         })
-        save_pipeline(run.out, base=base_from(run.out, same_run["--init"]))
+        save_pipeline(run.out, base=base_from(run.out, init))
     save_state(run, progress.step, policies.groups(), [policies.optimizer], same_run,
                asdict(progress))
 
 
 def merge(init, lora, out):
     """Writes the model --init with a run's LoRA merged into it, as a pipeline of its own."""
-    folder = fetch(init, ("transformer", "vae", "text_encoder"))
-    model, vae, encoder = load_pipeline(folder, "cpu")
+    places = fetch_places(gather(init))
+    model, vae, encoder = load_pipeline(places, "cpu")
     count = merge_lora(model, lora)
-    notes = {**read_metadata(folder), "guidance": 1.0, "lora": str(lora)}
+    notes = {**read_metadata(places.transformer), "guidance": 1.0, "lora": str(lora)}
     save_pipeline(out, model, vae, encoder, notes)
     print(f"wrote {out}: {count} layers changed")
 
@@ -677,9 +677,9 @@ def make_trials(init, device, dtype, rows, size, batch_size, judge, make_reasone
     make_reasoner(notes, encoder) -> reason.Reasoner
     start  the system prompt to begin with; None: that reasoner's own
     """
-    folder = fetch(init, ("transformer", "vae", "text_encoder"))
-    notes = read_metadata(folder)
-    pipeline = load_pipeline(folder, device, dtype)
+    places = fetch_places(gather(init))
+    notes = read_metadata(places.transformer)
+    pipeline = load_pipeline(places, device, dtype)
     height, width = size
     steps, guidance = sample.sampler_settings(notes)
     reasoner = make_reasoner(notes, pipeline[2])
@@ -702,8 +702,9 @@ def arguments(argv):
     add = parser.add_argument_group("the run").add_argument
     add("--out", default="runs/rl", metavar="DIR",
         help="the LoRA, its state, metrics.jsonl, contact sheets (default: %(default)s)")
-    add("--init", default=str(sample.TOY), metavar="DIR_OR_REPO",
+    add("--init", default=str(sample.TOY), metavar="DIR_FILE_OR_REPO",
         help="the model to improve (default: weights/toy)")
+    add_part_flags(add)
     add("--size", default="toy", choices=lens.SIZES, help="of that model (default: %(default)s)")
     add("--steps", type=positive, help="default: what the size says; of a search 8")
     add("--lr", type=float, help="default: what the size says")
@@ -759,7 +760,8 @@ def main(argv=None):
     size = data.bucket(settings.base)
     tasks = args.tasks.split(",")
     # What makes it the same run, or the same search.
-    same = {"--init": args.init, "--size": args.size, "--seed": args.seed, "--data": args.data,
+    init = gather(args.init, args.vae, args.text_encoder)
+    same = {"--init": str(init), "--size": args.size, "--seed": args.seed, "--data": args.data,
             "--pool": args.pool, "--tasks": args.tasks}
 
     if args.write_prompts:
@@ -773,7 +775,7 @@ def main(argv=None):
         return
 
     if args.merge:
-        merge(args.init, args.out, args.merge)
+        merge(init, args.out, args.merge)
         return
 
     require(args.endpoint or args.data is None, NEEDS_ENDPOINT)
@@ -800,7 +802,7 @@ def main(argv=None):
             propose = reason.propose_by(proposer)
 
         trials = make_trials(
-            args.init, device, dtype, batch_size=min(32, settings.batch), size=size, start=start,
+            init, device, dtype, batch_size=min(32, settings.batch), size=size, start=start,
             rows=make_rows(args.data, args.seed, args.pool, tasks, [size], args.requests),
             judge=make_judge(args.endpoint, args.model, out / "judge.jsonl"),
             make_reasoner=make_reasoner, seed=args.seed,
@@ -825,7 +827,7 @@ def main(argv=None):
     judge = make_judge(args.endpoint, args.model, run.out / f"judge-{run.rank}.jsonl")
     schedule = train.Schedule(args.save_every, eval_every, args.preview_every)
     compiled = run.device != "cpu" if args.compile is None else args.compile
-    train_policy(run, args.init, args.size, rows, shown, settings, same, judge, schedule,
+    train_policy(run, init, args.size, rows, shown, settings, same, judge, schedule,
                  args.per_task, args.dtype, compiled)
 
 

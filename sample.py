@@ -35,16 +35,8 @@ import data
 import lens
 import reason
 from kit.chat import Endpoint
-from kit.checkpoint import (
-    adapters_of,
-    fetch,
-    fetch_lora,
-    identity,
-    load_pipeline,
-    locate,
-    read_metadata,
-)
-from kit.features import CACHE_BYTES, cached_features, default_cache, denoiser_config, feature_key
+from kit.checkpoint import load_pipeline, read_denoiser_config
+from kit.features import CACHE_BYTES, cached_features, default_cache, feature_key
 from kit.files import (
     Parser,
     check_writable,
@@ -70,6 +62,19 @@ from kit.images import (
 )
 from kit.lora import lora_file, merge_lora
 from kit.outputs import metadata_of, names_a_picture, plan_jobs, save_new, save_sheets, words_of
+from kit.places import (
+    PARTS,
+    Places,
+    adapters_of,
+    add_part_flags,
+    check_parts,
+    fetch_lora,
+    fetch_places,
+    gather,
+    identity,
+    locate,
+    read_metadata,
+)
 from kit.run import compile_blocks, pick_attention, pick_device, pick_dtype, use_attention
 from toy import language
 from toy.checker import held_out, round_trip, score, token_diversity
@@ -200,10 +205,10 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
     require(0 < strength <= 1, f"strength {strength}: must be above 0 and at most 1")
     notes = {}                                     # {"steps", "guidance", "base", "words"} as text
     if pipeline is None:
-        folder = fetch(weights, ("transformer", "vae", "text_encoder"))
-        notes = read_metadata(folder)
+        places = fetch_places(gather(weights))
+        notes = read_metadata(places.transformer)
         device = pick_device()
-        pipeline = load_pipeline(folder, device, pick_dtype(device)[0])
+        pipeline = load_pipeline(places, device, pick_dtype(device)[0])
     transformer, vae, encoder = pipeline
     device = transformer.proj_out.weight.device
     channels = transformer.config.in_channels
@@ -420,7 +425,7 @@ def make_reasoner(notes, encoder=None, system_prompt=None, endpoint=None, model=
 class Weights:
     """Which weights, and how they are loaded. The text encoder comes apart from the rest, so that
     a card needs to hold only the larger of the two."""
-    folder: Path              # a pipeline, or an adapter that names its base
+    places: Places            # of each part, on this machine
     device: str
     dtype: torch.dtype
     date: str                 # for the chat around the prompt
@@ -431,12 +436,12 @@ class Weights:
     lora_path: Path | None    # merged into the denoiser, times lora_strength
 
     def text_encoder(self):
-        _, _, encoder = load_pipeline(self.folder, self.device, self.dtype,
+        _, _, encoder = load_pipeline(self.places, self.device, self.dtype,
                                       parts=("text_encoder",), date=self.date)
         return encoder
 
     def denoiser_and_vae(self):
-        transformer, vae, _ = load_pipeline(self.folder, self.device, self.dtype,
+        transformer, vae, _ = load_pipeline(self.places, self.device, self.dtype,
                                             parts=("transformer", "vae"))
         if self.lora:
             count = merge_lora(transformer, self.lora_path, self.lora_strength)
@@ -450,11 +455,11 @@ class Weights:
     def fingerprint(self):
         """16 hex digits of all that a picture depends on here: the text encoder with what is around
         the prompt, and the names, sizes and dates of the other files."""
-        files = [*locate(self.folder, "transformer")[0], *adapters_of(self.folder),
-                 *locate(self.folder, "vae")[0]]
+        files = [*locate(self.places.transformer, "transformer")[0],
+                 *adapters_of(self.places.transformer), *locate(self.places.vae, "vae")[0]]
         if self.lora:
             files.append(lora_file(self.lora_path))
-        parts = [feature_key(self.folder, self.dtype, self.date)]
+        parts = [feature_key(self.places, self.dtype, self.date)]
         for file in files:
             status = file.stat()
             parts.append((file.name, status.st_size, status.st_mtime_ns))
@@ -467,7 +472,7 @@ class Weights:
             precision += " and fp8"
         lora = f"{self.lora} x {self.lora_strength}" if self.lora else ""
         return {
-            "weights": identity(self.folder),      # the folder's name and a hash
+            "weights": identity(self.places.transformer),          # its name and a hash
             "lora": lora,
             "precision": precision,
             "date": self.date,
@@ -548,7 +553,7 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
             print(f"{request!r} -> {prompt!r}")
         del reasoner
 
-    strange, known = strange_words(prompts, read_metadata(weights.folder))
+    strange, known = strange_words(prompts, read_metadata(weights.places.transformer))
     if strange:
         plural = "s" if len(strange) > 1 else ""
         print(f"note: this model never saw the word{plural} {', '.join(strange)}. "
@@ -566,7 +571,7 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
 
     if missing:
         texts = list(dict.fromkeys([*(job.prompt for job in missing), negative]))
-        features = cached_features(weights.folder, texts, weights.device, weights.dtype,
+        features = cached_features(weights.places, texts, weights.device, weights.dtype,
                                    weights.date, cache, encoder)
         del encoder                    # nothing may hold it when the denoiser comes
         pipeline = (*weights.denoiser_and_vae(), None)
@@ -645,8 +650,9 @@ def arguments(argv):
     add("--width", type=positive, help="pixels, divisible by 16")
 
     add = parser.add_argument_group("the model").add_argument
-    add("--weights", default=str(TOY), metavar="DIR_OR_REPO",
-        help="a folder or hub id in diffusers layout (default: the toy)")
+    add("--weights", default=str(TOY), metavar="DIR_FILE_OR_REPO",
+        help="a folder, file or hub id (default: the toy)")
+    add_part_flags(add)
     add("--size", choices=lens.SIZES, help="check that the weights are of this size")
     add("--lora", metavar="PATH_OR_REPO",
         help="a LoRA's file, folder or hub id, merged into the weights")
@@ -720,13 +726,14 @@ def main(argv=None):
                 "leave it out")
         require(args.dtype != "fp32", "--fp8 is for bf16 on a GPU: leave out --dtype fp32")
 
-    folder = fetch(args.weights, ("transformer", "vae", "text_encoder"))
+    places = fetch_places(gather(args.weights, args.vae, args.text_encoder))
+    check_parts(places, PARTS)
     lora_path = fetch_lora(args.lora) if args.lora else None
-    config = denoiser_config(folder)
+    config = read_denoiser_config(places.transformer)
     require(args.size is None or config == lens.SIZES[args.size].transformer,
             f"--size {args.size}: the weights in {args.weights} are of another size")
 
-    notes = read_metadata(folder)
+    notes = read_metadata(places.transformer)
     steps, guidance = sampler_settings(notes, args.steps, args.guidance)
     require(guidance != 1 or not args.negative.strip(),
             "--negative has no effect at guidance 1, where only the prompt is read: leave it out, "
@@ -743,7 +750,7 @@ def main(argv=None):
           f"({why_kernel}); {steps} steps, guidance {guidance:g}, {width} x {height} pixels")
 
     lora_strength = 1.0 if args.lora_strength is None else args.lora_strength
-    weights = Weights(folder, device, dtype, args.date, args.lora, lora_strength, args.compile,
+    weights = Weights(places, device, dtype, args.date, args.lora, lora_strength, args.compile,
                       args.fp8, lora_path)
     out = Path(args.out)
     requests, rows = args.prompt or [], None

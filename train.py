@@ -46,18 +46,7 @@ from tqdm import tqdm
 import data
 import lens
 import sample
-from kit.checkpoint import (
-    base_from,
-    fetch,
-    has_parts,
-    load_pipeline,
-    load_transformer,
-    locate,
-    read_metadata,
-    save_pipeline,
-    unsharded,
-    vae_identity,
-)
+from kit.checkpoint import load_pipeline, load_transformer, save_pipeline, unsharded
 from kit.files import (
     Parser,
     not_negative,
@@ -70,6 +59,17 @@ from kit.files import (
 from kit.fp8 import e4m3
 from kit.images import contact_sheet
 from kit.lora import add_lora, save_lora
+from kit.places import (
+    Places,
+    add_part_flags,
+    base_from,
+    fetch,
+    gather,
+    has_parts,
+    locate,
+    read_metadata,
+    vae_identity,
+)
 from kit.run import (
     Log,
     Notice,
@@ -602,12 +602,12 @@ class Schedule:
 @dataclass(frozen=True)
 class Output:
     """What a checkpoint needs beside the weights: the frozen parts, and notes."""
-    parts: str                     # the folder or hub id of autoencoder and text encoder
+    parts: Places                  # of autoencoder and text encoder
     vae: nn.Module
     encoder: lens.TextEncoder
     guidance: float                # what pictures of these weights are sampled with
     settings: dict                 # what a resume must be given again, see check_same_run
-    init: str | None = None        # the folder or hub id that an adapter changes
+    init: str | None = None        # the name of what an adapter changes
 
 
 def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, workers=4,
@@ -617,7 +617,7 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
 
     steps     of each stage; None: the stage's own;  accumulate: micro-batches a rank and step
     pattern   of shards, as in --data; None: the toy world
-    parts     the folder or hub id of the autoencoder and the text encoder
+    parts     Places of the autoencoder and the text encoder, or the name of both
     init      weights to start from, a folder, file or hub id; None: random ones
     """
     config = lens.SIZES[size].transformer
@@ -667,7 +667,7 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     run.say(f"{size}: {count:,} parameters on {run.ranks} x {run.device}; autoencoder and text "
             f"encoder from {parts}\n{why}")
     guidance = TOY_GUIDANCE if size in TOY_SIZES else sample.GUIDANCE
-    output = Output(str(parts), vae, encoder, guidance=guidance, settings=settings, init=init)
+    output = Output(gather(parts), vae, encoder, guidance=guidance, settings=settings, init=init)
     log, notice = Log(run, progress.total), Notice()
     for number, stage in stages.items():
         if number < progress.stage:
@@ -696,7 +696,7 @@ def open_source(run, stage, number, vae, encoder, pattern, workers, parts):
         kept = run.out / f"world-{number}.safetensors"
         return World(stage, run.seed, vae, encoder, kept, run.device)
     return data.ShardSource(pattern, stage.sizes(), run.seed, vae, encoder, run.device, workers,
-                            vae_identity(parts), run.say)
+                            vae_identity(gather(parts).vae), run.say)
 
 
 def train_stage(run, stage, source, learner, progress, output, log, notice, accumulate, schedule):
@@ -883,7 +883,8 @@ def save(run, stage, learner, progress, output, words):
         }
         if learner.lora:
             save_lora(averaged, run.out, metadata=notes)
-            save_pipeline(run.out, base=base_from(run.out, output.init))
+            base = Places(output.init, output.parts.vae, output.parts.text_encoder)
+            save_pipeline(run.out, base=base_from(run.out, base))
         else:
             rest = None if has_parts(run.out) else base_from(run.out, output.parts)
             save_pipeline(run.out, transformer=averaged, metadata=notes, base=rest)
@@ -897,7 +898,7 @@ def save(run, stage, learner, progress, output, words):
 def export(run, target, parts):
     """The run's folder as a small checkpoint in `target`, scored on 50 prompts a task.
 
-    parts   the folder or hub id of the autoencoder that it was trained with
+    parts   Places of the autoencoder that it was trained with, or its name
 
     bf16, and the blocks' matrices in fp8 (e4m3) with a scale each, as ComfyUI's files have them
     [ours]. That halves the file and cost two pictures of 300 (0.920 against 0.927).
@@ -920,7 +921,7 @@ def export(run, target, parts):
         guidance=float(notes["guidance"]))
     notes["score"] = json.dumps(scores)
     # How the autoencoder was made: for people, since its file is written anew.
-    files, _ = locate(fetch(parts, ("vae",)), "vae")
+    files, _ = locate(fetch(gather(parts).vae, ("vae",)), "vae")
     with open_safetensors(files[0]) as f:
         notes["vae"] = json.dumps(f.metadata() or {})
     encoder.model.to(torch.bfloat16)
@@ -948,8 +949,9 @@ def arguments(argv):
     add("--out", default="runs/toy", metavar="DIR", help="checkpoint, metrics, curves, previews")
     add("--parts", metavar="DIR_OR_REPO",
         help="autoencoder and text encoder (default: those of --out, else of weights/toy)")
-    add("--init", metavar="DIR_OR_REPO",
-        help="start from these weights, not from random ones; a denoiser's file too")
+    add_part_flags(add)
+    add("--init", metavar="DIR_FILE_OR_REPO",
+        help="start from these weights, not from random ones")
     add("--data", metavar="GLOB", help="shards of `data.py pack` or `cache`, say 'shards/*.tar' "
         "(default: the toy world)")
     add("--lora", type=not_negative, default=0, metavar="RANK",
@@ -1006,6 +1008,7 @@ def main(argv=None):
     require(run.ranks > 1 or not args.fsdp, "--fsdp shares weights among processes: start it with "
             "torchrun --nproc-per-node N train.py ...")
     parts = args.parts or (args.out if has_parts(args.out) else sample.TOY)
+    parts = gather(parts, args.vae, args.text_encoder)
     if args.export:
         if run.rank == 0:                          # small work, for one process
             export(run, args.export, parts)

@@ -16,472 +16,52 @@ A fine-tuned checkpoint can be small: it holds its denoiser or an adapter alone,
 the way to a folder, from DIR, or a hub id. Only safetensors files are read: a pickle can run code.
 [checkpoint]
 """
-import hashlib
+import contextlib
 import importlib.util
 import json
-import os
-import re
+import sys
+import tempfile
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from kit.files import (
-    LensError,
-    error_context,
-    file_hash,
-    first_few,
-    open_safetensors,
-    read_json,
-    require,
-    unread_weights,
-    write_json,
-    write_safetensors,
+from kit.files import error_context, first_few, require, write_json, write_safetensors
+from kit.lora import LORA_TARGETS, add_lora, merge_lora
+from kit.places import (
+    INDEX_NAME,
+    PARTS,
+    TELLING,
+    WEIGHT_NAMES,
+    adapters_of,
+    check_parts,
+    config_in,
+    fetch,
+    fetch_places,
+    from_hub,
+    gather,
+    locate,
+    own_folder,
+    part_folder,
+    pipeline_index,
+    with_bases,
 )
-from kit.lora import LORA_KEY, LORA_NAMES, LORA_TARGETS, add_lora, merge_lora
 from kit.run import whole
-from lens import DATE, SIZES, LensConfig, LensTransformer, TextEncoder, text_model_classes
+from kit.stored import (
+    FP8,
+    SCALE_OF_PACKED,
+    check_formats,
+    config_from_shapes,
+    fill,
+    index_files,
+    read_index,
+    split_scales,
+    text_config_from_shapes,
+    vae_config_from_shapes,
+    vae_names,
+)
+from lens import DATE, LensConfig, LensTransformer, TextEncoder, text_model_classes
 from vae import LensVAE
-
-PARTS = ("transformer", "vae", "text_encoder")
-WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-ADAPTER_NAME = "adapter_model.safetensors"
-INDEX_NAME = "model_index.json"
-ROOT = Path(__file__).resolve().parent.parent      # of this repository
-
-
-# --- Names of weights: a folder, a file or a hub id -----------------------------------------------
-
-HUB_ID = re.compile(r"(?P<owner>[\w-][\w.-]*)/[\w.-]+")
-
-# Where this repository keeps weights: "weights/toy" from another folder is a mistake, and not what
-# somebody called "weights" has put on the hub.
-OUR_FOLDERS = ("weights", "runs")
-
-
-def fetch(path_or_repo, parts):
-    """A local folder or file as it is, or the files of a hub id, downloaded once and cached.
-    -> Path."""
-    return local_path(path_or_repo) or from_hub(path_or_repo, files_of(parts))
-
-
-def fetch_lora(path_or_repo):
-    """The same for an adapter alone."""
-    return local_path(path_or_repo) or from_hub(
-        path_or_repo, ["adapter_config.json", "*.safetensors"])
-
-
-def files_of(parts):
-    """Patterns of the files of some parts in a repository of the hub."""
-    patterns = ["*.json", *(f"{part}/*" for part in (*parts, "tokenizer"))]
-    if "transformer" in parts:
-        patterns.extend(LORA_NAMES)
-    return patterns
-
-
-def local_path(name):
-    """The folder or file of this name; None where nothing is there and it can be a hub id."""
-    path = expanded(name)
-    if path.exists():
-        return path
-    elsewhere = ""
-    if (ROOT / path).exists():
-        elsewhere = f"; there is {ROOT / path}"
-    require(may_be_hub_id(name), f"no weights at {name}: it is neither a local folder nor a hub id "
-            f"like owner/name{elsewhere}")
-    return None
-
-
-def expanded(name):
-    """The path of a name; the shell leaves a quoted ~ as it is."""
-    return Path(os.path.expanduser(name))
-
-
-def from_hub(hub_id, patterns):
-    from huggingface_hub import snapshot_download
-
-    with error_context(f"no local folder {hub_id}, and the hub could not give it"):
-        return Path(snapshot_download(str(hub_id), allow_patterns=patterns))
-
-
-def may_be_hub_id(name):
-    """Whether a name that is no local path can be one of the hub's."""
-    match = HUB_ID.fullmatch(str(name))
-    if match is None:
-        return False
-    # A mistyped name in a folder that is there is no hub id.
-    return match["owner"] not in OUR_FOLDERS and not Path(match["owner"]).is_dir()
-
-
-def base_from(folder, name):
-    """How model_index.json in `folder` names the base `name`: a local folder by the way from
-    `folder`, so that both can be moved together; a hub id as it is; a file, which has one part
-    alone, not at all (None)."""
-    path = expanded(name)
-    if path.is_file():
-        return None
-    if not path.exists():
-        return str(name)
-    # Links are followed first: `..` leads out of where a folder is, not out of a link to it.
-    way = os.path.relpath(path.resolve(), Path(folder).resolve())
-    if HUB_ID.fullmatch(way):
-        way = f"./{way}"
-    return way
-
-
-# --- Where things are -----------------------------------------------------------------------------
-
-def weight_files(path, names=WEIGHT_NAMES):
-    """The safetensors files of one part: a file itself; in a folder the shards that an index names,
-    a file with a usual name, or the only file there."""
-    path = Path(path)
-    if path.is_file():
-        return [path]
-
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if indices:
-        with error_context(f"cannot read {indices[0]}"):
-            shards = read_json(indices[0])["weight_map"].values()
-        return sorted({path / Path(shard).name for shard in shards})
-
-    for name in names:
-        if (path / name).exists():
-            return [path / name]
-    files = [file for file in sorted(path.glob("*.safetensors")) if file.name not in LORA_NAMES]
-    require(len(files) == 1, f"no weights in {path}: expected one .safetensors file or shards "
-            f"with an index, found {len(files)} files{unread_weights(path)}")
-    return files
-
-
-def with_bases(path, parts=()):
-    """The folder `path`, the base that it names, that one's base, and so on.
-
-    parts   what is downloaded of a base that is a hub id, beside its JSON files
-    """
-    folder, visited = Path(path), []
-    while folder is not None:
-        visited.append(folder.resolve())
-        yield folder
-        folder = base_of(folder, parts)
-        in_circle = folder is not None and folder.resolve() in visited
-        require(not in_circle, f"{path}: the bases in {INDEX_NAME} lead in a circle")
-
-
-def base_of(folder, parts):
-    """Where the base is that a folder names, or None if it names none."""
-    named = pipeline_index(folder).get("base")
-    if named is None:
-        return base_of_adapter(folder, parts)
-
-    way = expanded(named)
-    by_link = os.path.normpath(folder.absolute() / way)            # as it was stored once
-    for base in ((folder.resolve() / way).resolve(), Path(by_link)):
-        if base.is_dir():
-            return base
-    if HUB_ID.fullmatch(named):
-        return from_hub(named, files_of(parts))
-    raise LensError(f"{folder}/{INDEX_NAME} names {named} as its base, but {by_link} is not there: "
-                    "put it there, or write as \"base\" where it is now")
-
-
-def base_of_adapter(folder, parts):
-    """The base of an adapter without model_index.json, where PEFT's config or our notes name one
-    that can be found; else None."""
-    config = folder / "adapter_config.json"
-    named = None
-    if config.exists():
-        named = read_json(config).get("base_model_name_or_path")
-    if not named and adapter_files(folder):
-        named = notes_in(adapter_files(folder)[0]).get("init")
-    if named and (expanded(named).is_dir() or may_be_hub_id(named)):
-        return fetch(named, parts)
-    return None
-
-
-def part_folder(path, part):
-    """path/part; where that is not there, the folder of this part in the base that path names."""
-    for folder in with_bases(path, (part,)):
-        if (folder / part).is_dir():
-            return folder / part
-        # What a folder had and has no more is not what its base has.
-        require(part not in pipeline_index(folder),
-                f"no weights in {folder}: {INDEX_NAME} names a {part}, but {folder / part} is gone")
-        lost = (folder / "adapter_config.json").exists() and not adapter_files(folder)
-        require(part != "transformer" or not lost, f"no weights in {folder}: it has an "
-                f"adapter_config.json, but no {ADAPTER_NAME}{unread_weights(folder)}")
-    return Path(path) / part
-
-
-def check_part(path, part):
-    """LensError unless a pipeline has this part, with what to do."""
-    require(path.is_dir(), f"{path} is one file, of one part: name a folder that has the parts "
-            f"{', '.join(PARTS)} (docs/weights.md)")
-    found = part_folder(path, part).is_dir()
-    require(found or not adapter_files(path), f"{path} is an adapter whose base is not known: name "
-            f"that with --weights and the adapter with --lora, or write \"base\" into "
-            f"{path}/{INDEX_NAME}")
-    require(found, f"no weights in {path}: expected {path}/{part}/*.safetensors")
-
-
-def pipeline_index(folder):
-    """What model_index.json says; {} where there is none."""
-    index = folder / INDEX_NAME
-    return read_json(index) if index.exists() else {}
-
-
-def locate(path, part):
-    """-> (files, config) of a part, from a pipeline's folder, the part's own folder, or a file.
-
-    The config is the config.json beside the weights; else what our own files carry in their notes;
-    else None.
-    """
-    path = Path(path)
-    if path.is_dir() and part_folder(path, part).is_dir():
-        path = part_folder(path, part)
-    elif adapter_files(path):
-        check_part(path, part)
-    files = weight_files(path)
-    if (path / "config.json").exists():
-        return files, read_json(path / "config.json")
-    with open_safetensors(files[0]) as handle:
-        is_lora = any(LORA_KEY.fullmatch(name) for name in handle.keys())
-    require(not is_lora, f"{files[0]} is a LoRA: name the weights that it changes with --weights, "
-            "and it with --lora")
-    with error_context(f"{files[0]}: bad config in its metadata"):
-        return files, json.loads(notes_in(files[0]).get("config", "null"))
-
-
-def has_parts(folder):
-    """Whether a folder has an autoencoder and a text encoder of its own."""
-    folder = Path(folder)
-    has_vae = (folder / "vae" / "config.json").exists()
-    return has_vae and (folder / "text_encoder" / "config.json").exists()
-
-
-# --- What a checkpoint says of itself -------------------------------------------------------------
-
-def notes_in(file):
-    """The metadata of a safetensors file, {name: text}."""
-    with open_safetensors(file) as handle:
-        return handle.metadata() or {}
-
-
-def adapter_files(folder):
-    """The adapter in a pipeline's folder, as a list of one or none. Under diffusers' name it may
-    also be an offer beside a whole model, and is then left alone."""
-    folder = Path(folder)
-    names = [ADAPTER_NAME]
-    if not (folder / "transformer").is_dir():
-        names = LORA_NAMES
-    return [folder / name for name in names if (folder / name).exists()][:1]
-
-
-def adapters_of(path):
-    """The adapters in a pipeline's folder and in its bases down to the denoiser, whose comes first:
-    the order in which they are merged."""
-    files = []
-    for folder in with_bases(path, ("transformer",)):
-        files = adapter_files(folder) + files
-        if (folder / "transformer").is_dir():
-            break
-    return files
-
-
-def read_metadata(path):
-    """The notes stored with a denoiser (command, seed, score, ...), and over them its adapter's."""
-    files, _ = locate(path, "transformer")
-    notes = notes_in(files[0])
-    for file in adapters_of(path):
-        own = notes_in(file)
-        if "init" in own and not own.get("base", "").isdigit():
-            own.pop("base", None)      # rl.py once noted scores under the name of the home size
-        notes.update(own)
-    return notes
-
-
-def identity(folder, part="transformer"):
-    """A short name for a part's weights: the folder's name, and a hash of what the files say of
-    themselves (their first 64 KiB, which hold the header, name and size)."""
-    files, _ = locate(folder, part)
-    if part == "transformer":
-        files = [*files, *adapters_of(folder)]
-
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as f:
-            digest.update(f.read(1 << 16))
-        status = file.stat()
-        # Features are kept on disk under the encoder's identity; there the date counts too.
-        date = status.st_mtime_ns if part == "text_encoder" else 0
-        digest.update(str((file.name, status.st_size, date)).encode())
-    return f"{Path(folder).name}-{digest.hexdigest()[:10]}"
-
-
-def vae_identity(path_or_repo):
-    """A hash of an autoencoder's file: what latents are kept under."""
-    files, _ = locate(fetch(path_or_repo, ("vae",)), "vae")
-    return file_hash(files[0])
-
-
-# --- Filling a model with stored tensors ----------------------------------------------------------
-
-# Single files of other tools write one of these before each tensor's name.
-PREFIX = re.compile(r"^(model\.diffusion_model\.|diffusion_model\.|net\.)")
-
-# fp8 files hold W / scale, and beside each `x.weight` its scale. Their other notes are for kernels
-# that we do not use, but for comfy_quant, which names the format.
-SCALE_ENDING = re.compile(r"\.(scale_weight|weight_scale)$")
-SCALE_OF_PACKED = re.compile(r"scale|SCB|absmax|zero_point")
-COMFY_QUANT = ".comfy_quant"
-UNUSED_ENDINGS = ("scaled_fp8", ".scale_input", ".input_scale", COMFY_QUANT)
-
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")      # as safetensors names them
-COUNTS = ("I64",)              # of the autoencoder's statistics; no packed format has these
-
-# Packed formats, by what stands beside `x.weight`, or by its type.
-MARKS = {
-    "weight_scale_2": "nvfp4",
-    "weight.quant_state.bitsandbytes__nf4": "bitsandbytes' nf4",
-    "weight.quant_state.bitsandbytes__fp4": "bitsandbytes' fp4",
-    "SCB": "bitsandbytes' int8",
-    "zero_point": "SDNQ",
-    "qzeros": "GPTQ or AWQ",
-}
-KINDS = {"I8": "int8", "F8_E8M0": "mxfp8"}
-INSTEAD = "take a file in bf16, or in fp8 with one scale for each tensor or row"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in an open file, not yet read."""
-    handle: object             # the file
-    key: str                   # the tensor's name there
-
-    @property
-    def shape(self):
-        return list(self.handle.get_slice(self.key).get_shape())
-
-    @property
-    def kind(self):
-        """Its type as safetensors names it, say BF16."""
-        return self.handle.get_slice(self.key).get_dtype()
-
-    def read(self):
-        return self.handle.get_tensor(self.key)
-
-
-def index_files(files):
-    """{tensor name, without other tools' prefix: Stored} of all files."""
-    stored = {}
-    for file in files:
-        handle = open_safetensors(file)
-        for key in handle.keys():
-            stored[PREFIX.sub("", key)] = Stored(handle, key)
-    return stored
-
-
-def split_scales(stored):
-    """{name: Stored} -> (tensors, scales), both by the tensor's name; what we do not use is left
-    out."""
-    tensors, scales = {}, {}
-    for name, where in stored.items():
-        if SCALE_ENDING.search(name):
-            scales[SCALE_ENDING.sub(".weight", name)] = where
-        elif not name.endswith(UNUSED_ENDINGS):
-            tensors[name] = where
-    return tensors, scales
-
-
-def read_index(files, config=None):
-    """-> (tensors, scales), {name: Stored} both, of files whose format is read. config: what they
-    say of themselves, or None."""
-    stored = index_files(files)
-    tensors, scales = split_scales(stored)
-    check_formats(files[0], config or {}, stored, tensors, scales)
-    return tensors, scales
-
-
-def fill(module, file, tensors, scales, device, dtype):
-    """Fills a module that was built on the meta device with stored tensors; returns it.
-
-    file: for the error alone. dtype None keeps what is stored (fp8 becomes bf16). Tensors are moved
-    one by one, so the host's memory never holds a second copy. LensError names tensors that are
-    missing, left over, or of another shape.
-    """
-    wanted = module.state_dict()
-    check_names(file, tensors.keys(), scales.keys(), wanted.keys())
-    check_shapes(file, tensors, wanted)
-
-    state = {}
-    for name, where in tensors.items():
-        value = read_tensor(where, scales.get(name), dtype)
-        state[name] = value.to(device)
-    module.load_state_dict(state, assign=True)
-    return module.eval()
-
-
-def check_formats(file, config, stored, tensors, scales):
-    """Refuses what would be misread: packed numbers, and scales of blocks within a row."""
-    packed = config.get("quantization_config") or {}
-    method = f"{packed.get('quant_method')} {packed.get('weights_dtype', '')}".strip()
-    require(not packed, f"{file}: its config.json says that it is packed by {method}, which is not "
-            f"read: {INSTEAD}")
-
-    for name, where in stored.items():
-        if name.endswith(COMFY_QUANT):
-            with error_context(f"{file}: {name}"):
-                comfy_format = json.loads(bytes(where.read().tolist()))["format"]
-            require(comfy_format.startswith("float8_"),
-                    f"{file}: {name} says {comfy_format}, which is not read: {INSTEAD}")
-
-    for name, where in tensors.items():
-        beside = name.removesuffix("weight")
-        known = [MARKS[mark] for mark in MARKS if beside + mark in stored]
-        known.append(KINDS.get(where.kind, "a packed format, say nvfp4 or uint4"))
-        require(where.kind in FLOATS + COUNTS, f"{file}: {name} is stored as {where.kind} "
-                f"({known[0]}), which is not read: {INSTEAD}")
-
-    for name, scale in scales.items():
-        if name in tensors:
-            count = torch.Size(scale.shape).numel()
-            rows = tensors[name].shape[:1]
-            one_a_row = scale.shape in (rows, [*rows, 1])
-            require(scale.kind in FLOATS and (count == 1 or one_a_row),
-                    f"{file}: {name} has {count} scales stored as {scale.kind}: block formats "
-                    f"(mxfp8, nvfp4) are not read: {INSTEAD}")
-
-
-def check_names(file, stored, scaled, wanted):
-    """stored, scaled, wanted: the names of tensors, of those with a scale, and of the model's."""
-    missing = wanted - stored
-    extra = (stored | scaled) - wanted
-    require(not missing, f"{file}: missing tensors: {first_few(missing)}")
-    require(not extra, f"{file}: tensors this model has no place for: {first_few(extra)}")
-
-
-def check_shapes(file, tensors, wanted):
-    for name, where in tensors.items():
-        expected = list(wanted[name].shape)
-        require(where.shape == expected,
-                f"{file}: {name} has shape {where.shape}, expected {expected}")
-
-
-def read_tensor(where, scale, dtype):
-    """A stored tensor as dtype (None: as it is, fp8 as bf16); integers keep their type."""
-    value = where.read()
-    if value.dtype in FP8 or scale is not None:
-        kept = torch.bfloat16 if value.dtype in FP8 else value.dtype
-        value = value.float()
-        if scale is not None:
-            one_a_row = (-1, *[1] * (value.dim() - 1))             # or one in all
-            value = value * scale.read().float().reshape(one_a_row)
-        return value.to(dtype or kept)
-    if dtype is not None and value.is_floating_point():
-        return value.to(dtype)
-    return value
-
 
 # --- The parts ------------------------------------------------------------------------------------
 
@@ -496,11 +76,7 @@ def load_transformer(path, device="cpu", dtype=None, config=None):
     files, stored_config = locate(path, "transformer")
     tensors, scales = read_index(files, stored_config)
     if config is None:
-        if stored_config and "num_layers" in stored_config:
-            config = LensConfig.from_dict(stored_config)
-        else:
-            shapes = {name: where.shape for name, where in tensors.items()}
-            config = config_from_shapes(files[0], shapes)
+        config = denoiser_config(files, stored_config, tensors)
     with torch.device("meta"):
         model = LensTransformer(config)
     fill(model, files[0], tensors, scales, device, dtype)
@@ -509,51 +85,33 @@ def load_transformer(path, device="cpu", dtype=None, config=None):
     return model
 
 
-def config_from_shapes(file, shapes):
-    """The LensConfig of a file that says nothing of itself; file: for the error alone.
+def read_denoiser_config(path):
+    """The LensConfig of a denoiser, named as for `load_transformer`. Its weights are opened only
+    where no config.json says it."""
+    path = fetch(path, ("transformer",))
+    for folder in (part_folder(path, "transformer"), path):
+        beside = config_in(folder)
+        if TELLING["transformer"] in beside:
+            return LensConfig.from_dict(beside)
+    files, stored_config = locate(path, "transformer")
+    tensors, _ = read_index(files)
+    return denoiser_config(files, stored_config, tensors)
 
-    Its shapes tell all but how a head is split over the axes, and which layers of the text encoder
-    were read; those are taken from the size in SIZES with such heads, or with such an encoder.
-    """
-    telling = {"img_in.weight", "transformer_blocks.0.attn.norm_q.weight", "txt_norm.0.weight"}
-    missing = telling - shapes.keys()
-    require(not missing, f"{file} is not a Lens denoiser: missing tensors: {first_few(missing)}")
-    with error_context(f"{file} is not a Lens denoiser"):
-        width, channels = shapes["img_in.weight"]
-        (head_dim,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
-        (text_width,) = shapes["txt_norm.0.weight"]
 
-    block_names = [name for name in shapes if name.startswith("transformer_blocks.")]
-    blocks = {name.split(".")[1] for name in block_names}
-    layers_read = sum(name.startswith("txt_norm.") for name in shapes)
-
-    known = [size.transformer for size in SIZES.values()]
-    axes = {c.attention_head_dim: c.axes_dims_rope for c in known}
-    layers = {c.enc_hidden_dim: c.selected_layer_index for c in known}.get(text_width, ())
-    if len(layers) != layers_read:                 # an encoder that we do not know
-        layers = tuple(range(layers_read))
-
-    patch_size = LensConfig.patch_size
-    return LensConfig(
-        patch_size=patch_size,
-        in_channels=channels,
-        out_channels=channels // patch_size**2,
-        num_layers=len(blocks),
-        attention_head_dim=head_dim,
-        num_attention_heads=width // head_dim,
-        inner_dim=width,
-        enc_hidden_dim=text_width,
-        axes_dims_rope=axes.get(head_dim, ()),
-        selected_layer_index=layers,
-    )
+def denoiser_config(files, stored_config, tensors):
+    if stored_config:
+        return LensConfig.from_dict(stored_config)
+    return config_from_shapes(files[0], {name: where.shape for name, where in tensors.items()})
 
 
 def load_vae(path, device="cpu", dtype=None):
-    """The autoencoder, from a pipeline's folder, its `vae` folder, or a single file. Where a file
-    does not say its size, it is FLUX.2's. [checkpoint]"""
-    files, stored_config = locate(fetch(path, ("vae",)), "vae")
-    tensors, scales = read_index(files, stored_config)
-    config = {**SIZES["full"].vae, **(stored_config or {})}
+    """The autoencoder, from a pipeline's folder, its `vae` folder, or a single file, also with the
+    tensor names of FLUX.2's own code; or from a hub id."""
+    files, config = locate(fetch(path, ("vae",)), "vae")
+    tensors, scales = read_index(files, config)
+    tensors = vae_names(tensors)
+    if config is None:
+        config = vae_config_from_shapes(files[0], {n: where.shape for n, where in tensors.items()})
     with error_context(f"{files[0]}: bad config of an autoencoder"), torch.device("meta"):
         vae = LensVAE(config)
     fill(vae, files[0], tensors, scales, device, dtype)
@@ -563,51 +121,94 @@ def load_vae(path, device="cpu", dtype=None):
     return vae
 
 
-def load_text_encoder(path, device="cpu", dtype=None, date=DATE):
-    """The language model and its tokenizer, from a pipeline's folder; the network is not asked.
+def load_text_encoder(path, device="cpu", dtype=None, date=DATE, layers=None):
+    """The language model and its tokenizer, from a pipeline's folder, a stock language model's, or
+    a single file; or from a hub id.
 
     MXFP4 experts stay packed (14 GB) where the kernels for that are installed.
+    layers   that the denoiser reads; None: what the denoiser beside it says
     """
     import transformers  # here, because it takes seconds
 
     path = fetch(path, ("text_encoder",))
-    check_part(path, "text_encoder")
-    folder = part_folder(path, "text_encoder")
-    tokenizer_folder = part_folder(path, "tokenizer")
-    layers = layers_read_by_denoiser(path)
-    config = read_json(folder / "config.json")
+    files, config = locate(path, "text_encoder")
+    if layers is None:
+        layers = layers_read_by_denoiser(path)
+    alone = config is None                         # a file without its config
+    if alone:
+        stored = index_files(files)
+        shapes = {name: where.shape for name, where in stored.items()}
+        config = text_config_from_shapes(files[0], shapes)
+        if "quantization_config" not in config:
+            check_formats(files[0], config, stored, *split_scales(stored))
     model_class, _ = text_model_classes(config.get("model_type"))
 
     options = dict(dtype=dtype or "auto", local_files_only=True, output_loading_info=True,
                    use_safetensors=True)
     if config.get("quantization_config", {}).get("quant_method") == "mxfp4":
         options.update(mxfp4_options(device))
-    with error_context(f"cannot load the text encoder from {folder}"):
-        model, info = model_class.from_pretrained(str(folder), **options)
+    with error_context(f"cannot load the text encoder from {files[0].parent}"):
+        with as_folder(files, config) as folder:
+            model, info = model_class.from_pretrained(folder, **options)
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
-            str(tokenizer_folder), local_files_only=True)
+            str(tokenizer_folder(path, files, config, alone)), local_files_only=True)
+    require(len(tokenizer) <= config["vocab_size"], f"{files[0].parent}: its tokenizer has "
+            f"{len(tokenizer)} tokens, the model {config['vocab_size']}: one of them is another's")
 
     # Numbers whose scales nobody reads: transformers would go on with them as they are.
     scales = [name for name in info["unexpected_keys"] if SCALE_OF_PACKED.search(name)]
-    require(not scales, f"{folder} is packed in a format that transformers does not know from its "
-            f"config.json (it has {first_few(scales)}): take one in bf16, or MXFP4 with its config")
+    require(not scales, f"{files[0].parent} is packed in a format that transformers does not know "
+            f"from its config.json (it has {first_few(scales)}): take one in bf16, or MXFP4 with "
+            "its config")
     # transformers fills missing tensors with random numbers and goes on: wrong pictures, no error.
     missing = {str(name) for name in info["missing_keys"]}
     misshapen = {str(name) for name in info["mismatched_keys"]}
     bad = (missing - {"lm_head.weight"}) | misshapen
-    require(not bad, f"{folder}: missing or misshapen tensors: {first_few(bad)}")
+    require(not bad, f"{files[0].parent}: missing or misshapen tensors: {first_few(bad)}")
     if "lm_head.weight" in missing:                # an encoder that was stored without its head
         model = model.model
     return TextEncoder(model.to(device), tokenizer, layers, date)
+
+
+@contextlib.contextmanager
+def as_folder(files, config):
+    """A folder as transformers reads it, for as long as the body runs: the files' own; for a single
+    file without its config.json beside it one that is made."""
+    own = files[0].parent
+    usual = len(files) > 1 or files[0].name == "model.safetensors"
+    if usual and config_in(own) == config:
+        yield str(own)
+        return
+    with tempfile.TemporaryDirectory() as made:
+        (Path(made) / "model.safetensors").symlink_to(files[0].resolve())
+        write_json(Path(made) / "config.json", config)
+        yield made
+
+
+# Where the tokenizer is, of a language model that came as a file alone.
+TOKENIZERS = {"gpt_oss": "openai/gpt-oss-20b", "qwen3": "Qwen/Qwen3-0.6B"}
+
+
+def tokenizer_folder(path, files, config, alone):
+    """The folder of tokenizer.json: that of the pipeline, or of the language model. A file alone
+    has none; then it is the one on the hub."""
+    beside = files[0].parent
+    for folder in (part_folder(path, "tokenizer"), beside, beside.parent / "tokenizer"):
+        if (folder / "tokenizer.json").exists():
+            return folder
+    require(alone, f"no tokenizer.json in {path}/tokenizer or {beside}")
+    hub_id = TOKENIZERS[config["model_type"]]
+    print(f"note: no tokenizer.json beside {files[0]}: that of {hub_id} is taken", file=sys.stderr)
+    return from_hub(hub_id, ["tokenizer*.json", "special_tokens_map.json"])
 
 
 def layers_read_by_denoiser(path):
     """Which layers of the text encoder the pipeline's denoiser reads; the released ones where it
     does not say."""
     for folder in with_bases(path):                # a folder of parts alone has no denoiser
-        beside = folder / "transformer" / "config.json"
-        if beside.exists():
-            return LensConfig.from_dict(read_json(beside)).selected_layer_index
+        own = own_folder(folder, "transformer")
+        if own is not None:
+            return read_denoiser_config(own).selected_layer_index
     return LensConfig().selected_layer_index
 
 
@@ -630,23 +231,24 @@ def mxfp4_options(device):
 # --- Pipelines ------------------------------------------------------------------------------------
 
 def load_pipeline(path_or_repo, device="cpu", dtype=None, parts=PARTS, date=DATE):
-    """-> (transformer, vae, text_encoder), from a local folder or a hub id.
+    """-> (transformer, vae, text_encoder), from a local folder, a hub id, or Places of each part.
 
     A part that is not asked for comes back as None. Load the encoder, encode, let it go, then load
     the denoiser: so a card needs to hold only the larger of the two.
     """
-    path = fetch(path_or_repo, parts)
-    if len(parts) > 1:                             # one alone may also be a file
-        for part in parts:
-            check_part(path, part)
+    places = fetch_places(gather(path_or_repo), parts)
+    check_parts(places, parts)
 
     transformer = vae = text_encoder = None
     if "transformer" in parts:
-        transformer = load_transformer(path, device, dtype)
+        transformer = load_transformer(places.transformer, device, dtype)
     if "vae" in parts:
-        vae = load_vae(path, device, dtype)
+        vae = load_vae(places.vae, device, dtype)
     if "text_encoder" in parts:
-        text_encoder = load_text_encoder(path, device, dtype, date)
+        layers = None
+        if str(places.text_encoder) != str(places.transformer):
+            layers = read_denoiser_config(places.transformer).selected_layer_index
+        text_encoder = load_text_encoder(places.text_encoder, device, dtype, date, layers)
     return transformer, vae, text_encoder
 
 
@@ -658,7 +260,8 @@ def save_pipeline(folder, transformer=None, vae=None, text_encoder=None, metadat
     dtype         of the stored weights; None: as they are. fp8 stays fp8
     weights       a state dict to store instead of the denoiser's own: an average, gathered from
                   shards, or fp8 with its scales (`x.scale_weight` beside `x.weight`)
-    base          where the parts are that folder does not hold, as `base_from` names it
+    base          where the parts are that folder does not hold, as `base_from` names it: a text,
+                  or {part: text}
     """
     folder = Path(folder)
     index = {"_class_name": "LensPipeline", **pipeline_index(folder)}
@@ -696,7 +299,7 @@ def save_pipeline(folder, transformer=None, vae=None, text_encoder=None, metadat
     index["scheduler"] = ["diffusers", title]
 
     if base:
-        index["base"] = str(base)
+        index["base"] = base
     write_json(folder / INDEX_NAME, index)         # last: a folder with an index is whole
 
 

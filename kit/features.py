@@ -9,24 +9,25 @@ import sys
 from pathlib import Path
 
 import lens
-from kit.checkpoint import identity, load_pipeline, locate, part_folder
+from kit.checkpoint import load_pipeline, read_denoiser_config
 from kit.files import LensError, error_context, file_hash, open_safetensors, write_safetensors
+from kit.places import gather, identity, part_folder
 
 CACHE_BYTES = 4 * 2**30  # about 1,200 prompts at full size
 
 
-def cached_features(folder, prompts, device, dtype, date=lens.DATE, cache="", encoder=None):
+def cached_features(weights, prompts, device, dtype, date=lens.DATE, cache="", encoder=None):
     """Features of prompts as from encoder.encode_each, from the disk cache, encoding what is not
     there.
 
-    folder    the pipeline's folder;  cache: a folder, "" for none
+    weights   a pipeline's folder, or Places on this machine;  cache: a folder, "" for none
     encoder   one that is loaded already. None: it is loaded where something is missing, and let go
               again before the denoiser comes: a 24 GB card never has to hold both
     Returns [features], None for an empty prompt.
     """
     paths = [None] * len(prompts)
     if cache:
-        common = feature_key(folder, dtype, date)
+        common = feature_key(weights, dtype, date)
         for i, prompt in enumerate(prompts):
             if prompt.strip():
                 name = hashlib.sha256(f"{common}\0{prompt}".encode()).hexdigest()
@@ -37,7 +38,8 @@ def cached_features(folder, prompts, device, dtype, date=lens.DATE, cache="", en
     missing = [i for i, own in enumerate(features) if own is None and prompts[i].strip()]
     if missing:
         if encoder is None:
-            _, _, encoder = load_pipeline(folder, device, dtype, parts=("text_encoder",), date=date)
+            _, _, encoder = load_pipeline(weights, device, dtype, parts=("text_encoder",),
+                                          date=date)
         works = bool(cache)
         for k in range(0, len(missing), 64):       # a kill costs no more than these
             few = missing[k:k + 64]
@@ -49,20 +51,15 @@ def cached_features(folder, prompts, device, dtype, date=lens.DATE, cache="", en
     return features
 
 
-def feature_key(folder, dtype, date):
+def feature_key(weights, dtype, date):
     """What features depend on beside the prompt: the encoder's weights, its tokenizer, the layers
     that are read, the chat form around the prompt, its date, and the precision."""
-    layers = denoiser_config(folder).selected_layer_index
-    tokenizer = part_folder(Path(folder), "tokenizer") / "tokenizer.json"
-    parts = (identity(folder, "text_encoder"),
+    places = gather(weights)
+    layers = read_denoiser_config(places.transformer).selected_layer_index
+    tokenizer = part_folder(Path(places.text_encoder), "tokenizer") / "tokenizer.json"
+    parts = (identity(places.text_encoder, "text_encoder"),
              file_hash(tokenizer) if tokenizer.exists() else "", layers, lens.CHAT, date, dtype)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def denoiser_config(folder):
-    """The LensConfig of a pipeline's denoiser; the released one's where no file says it."""
-    _, config = locate(folder, "transformer")
-    return lens.LensConfig.from_dict(config or {})
 
 
 def read_features(path):

@@ -17,27 +17,30 @@ import lens
 import vae
 from kit import checkpoint
 from kit.checkpoint import (
-    ADAPTER_NAME,
-    WEIGHT_NAMES,
-    config_from_shapes,
-    fetch,
-    has_parts,
-    identity,
     load_pipeline,
     load_text_encoder,
     load_transformer,
     load_vae,
-    locate,
-    part_folder,
-    read_metadata,
     save_pipeline,
     unsharded,
-    vae_identity,
 )
 from kit.files import LensError
 from kit.fp8 import e4m3
 from kit.lora import add_lora, lora_parameters, save_lora
+from kit.places import (
+    ADAPTER_NAME,
+    WEIGHT_NAMES,
+    fetch,
+    has_parts,
+    identity,
+    locate,
+    notes_in,
+    part_folder,
+    read_metadata,
+    vae_identity,
+)
 from kit.run import Run
+from kit.stored import config_from_shapes
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 NANO = lens.SIZES["nano"]
@@ -189,7 +192,7 @@ def test_notes_and_configs_of_both_parts(pipeline):
     _, config = locate(folder, "transformer")
     assert lens.LensConfig.from_dict(config) == model.config
 
-    vae_notes = checkpoint.notes_in(folder / "vae" / WEIGHT_NAMES[0])
+    vae_notes = notes_in(folder / "vae" / WEIGHT_NAMES[0])
     assert vae_notes["probe"] == "0.5"
     assert "seed" not in vae_notes
     config = json.loads((folder / "vae" / "config.json").read_text())
@@ -491,8 +494,8 @@ def test_a_hub_id_is_asked_for_the_parts_alone(tmp_path, monkeypatch):
 
     asked = []
 
-    def download(repo, allow_patterns):
-        asked.append((repo, allow_patterns))
+    def download(repo, revision, allow_patterns):
+        asked.append((repo, revision, allow_patterns))
         if repo == "no/network":
             raise OSError("no network\nand more")
         return str(tmp_path)
@@ -500,14 +503,19 @@ def test_a_hub_id_is_asked_for_the_parts_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     assert fetch("owner/name", ("vae",)) == tmp_path
-    assert asked == [("owner/name", ["*.json", "vae/*", "tokenizer/*"])]
+    assert fetch("owner/name@v1.0", ("vae", "text_encoder")) == tmp_path
+    patterns = ["*.json", "vae/*", "tokenizer/*", "diffusion_pytorch_model*.safetensors"]
+    assert asked == [
+        ("owner/name", None, patterns),
+        ("owner/name", "v1.0", ["*.json", "vae/*", "text_encoder/*", "tokenizer/*"]),
+    ]
     with pytest.raises(LensError, match="hub could not give it: no network$"):
         fetch("no/network", ("vae",))
     # A mistyped name in a folder that is there is not asked of the hub.
     (tmp_path / "weights").mkdir()
     with pytest.raises(LensError, match="neither a local folder nor a hub id"):
         fetch("weights/tyo", ("vae",))
-    assert len(asked) == 2
+    assert len(asked) == 3
 
 
 # --- The autoencoder and the text encoder ---------------------------------------------------------
@@ -533,13 +541,18 @@ def test_the_autoencoder_in_bf16_has_its_channels_last(pipeline):
     assert (rounded - picture).norm() < 0.05 * picture.norm()
 
 
-def test_an_autoencoder_that_does_not_say_its_size_is_the_full_one(tmp_path, monkeypatch):
+def test_an_autoencoder_that_does_not_say_its_size_is_known_by_its_shapes(tmp_path):
     coder = random_vae()
-    save_file(coder.state_dict(), tmp_path / "vae.safetensors")
-    with pytest.raises(LensError, match="vae.safetensors: missing tensors"):
+    state = coder.state_dict()
+    save_file(state, tmp_path / "vae.safetensors")
+    assert equal(load_vae(tmp_path / "vae.safetensors").state_dict(), state)
+    del state["decoder.conv_out.bias"]
+    save_file(state, tmp_path / "vae.safetensors")
+    with pytest.raises(LensError, match="missing tensors: decoder.conv_out.bias"):
         load_vae(tmp_path / "vae.safetensors")
-    monkeypatch.setitem(lens.SIZES, "full", NANO)
-    assert equal(load_vae(tmp_path / "vae.safetensors").state_dict(), coder.state_dict())
+    save_file({"a": torch.zeros(1)}, tmp_path / "vae.safetensors")
+    with pytest.raises(LensError, match="is not FLUX.2's autoencoder: missing tensors: bn."):
+        load_vae(tmp_path / "vae.safetensors")
 
 
 def test_an_autoencoder_that_cannot_be_is_one_line(pipeline):
@@ -594,7 +607,8 @@ def test_a_pickled_text_encoder_is_not_opened(pipeline):
     file = folder / "text_encoder" / "model.safetensors"
     torch.save(load_file(file), folder / "text_encoder" / "pytorch_model.bin")
     file.unlink()
-    with pytest.raises(LensError, match="cannot load the text encoder.*safetensors") as error:
+    named = "no weights.*pytorch_model.bin is a PyTorch pickle"
+    with pytest.raises(LensError, match=named) as error:
         load_text_encoder(folder)
     assert "\n" not in str(error.value)
 

@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader
 import data
 import kit.pack
 from kit import chat
-from kit.checkpoint import load_pipeline, vae_identity
+from kit.checkpoint import load_pipeline
 from kit.files import LensError
 from kit.images import from_pil, read_picture
 from kit.pack import ASK_CAPTION
+from kit.places import vae_identity
 from kit.tars import read, words_of
 from toy.world import AREAS
 

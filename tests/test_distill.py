@@ -29,8 +29,9 @@ import kit.run
 import lens
 import sample
 from distill import places
-from kit.checkpoint import load_pipeline, load_transformer, read_metadata, save_pipeline
+from kit.checkpoint import load_pipeline, load_transformer, save_pipeline
 from kit.files import LensError, open_safetensors, read_json
+from kit.places import gather, read_metadata
 from kit.run import Run, follow
 from kit.state import newest_state
 from toy.world import COLORS
@@ -701,7 +702,7 @@ def test_all_ranks_gather_weights_equally_often(base, monkeypatch):
         return model if run.rank == 0 else None
 
     monkeypatch.setattr(distill, "unsharded", count)
-    output = distill.Output("teacher", base, None, None, home=(96, 96), same={})
+    output = distill.Output(gather("teacher"), gather(base), None, None, home=(96, 96), same={})
     for rank in (0, 1):
         run = Run(Path("unused"), rank=rank, ranks=2)
         viewer = distill.Viewer(run, stage.players, output, guidance=5.0)

@@ -19,9 +19,10 @@ from conftest import ROOT
 
 import lens
 import sample
-from kit.checkpoint import load_pipeline, load_vae, read_metadata
+from kit.checkpoint import load_pipeline, load_vae
 from kit.files import read_json
 from kit.lora import merge_lora
+from kit.places import read_metadata
 from toy.checker import check_facts, held_out, round_trip
 from toy.world import TASKS
 
@@ -42,6 +43,8 @@ ORDER = [
     "kit.shrink",
     "kit.players",
     "kit.fp8",
+    "kit.places",
+    "kit.stored",
     "kit.checkpoint",
     "kit.features",
     "kit.chat",

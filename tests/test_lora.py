@@ -8,7 +8,7 @@ import torch
 from conftest import random_model, relative
 from safetensors.torch import save_file
 
-from kit.checkpoint import load_transformer, notes_in
+from kit.checkpoint import load_transformer
 from kit.files import LensError
 from kit.lora import (
     add_lora,
@@ -18,6 +18,7 @@ from kit.lora import (
     save_lora,
     set_lora,
 )
+from kit.places import notes_in
 
 GRID = (4, 3)
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"

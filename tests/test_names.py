@@ -15,21 +15,19 @@ import lens
 import sample
 import train
 import vae
-from kit.checkpoint import (
+from kit.checkpoint import load_pipeline, load_transformer, load_vae, save_pipeline
+from kit.files import LensError, read_json, write_json
+from kit.lora import add_lora, lora_parameters, merge_lora, save_lora
+from kit.places import (
     base_from,
     fetch,
     fetch_lora,
+    gather,
     identity,
-    load_pipeline,
-    load_transformer,
-    load_vae,
     part_folder,
     read_metadata,
-    save_pipeline,
     vae_identity,
 )
-from kit.files import LensError, read_json, write_json
-from kit.lora import add_lora, lora_parameters, merge_lora, save_lora
 from kit.run import Run
 
 WEIGHTS = ROOT / "weights"
@@ -75,7 +73,9 @@ def hub(tmp_path, monkeypatch):
 
     repositories = {}
 
-    def download(repo, allow_patterns):
+    def download(repo, revision, allow_patterns):
+        if revision:
+            repo = f"{repo}@{revision}"
         if repo not in repositories:
             raise OSError(f"no {repo}")
         snapshot = tmp_path / "snapshots" / repo
@@ -86,7 +86,11 @@ def hub(tmp_path, monkeypatch):
                 shutil.copy(file, snapshot / name)
         return str(snapshot)
 
+    def download_file(repo, file, revision):
+        return str(Path(download(repo, revision, [file])) / file)
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download_file)
     return repositories
 
 
@@ -144,7 +148,8 @@ def test_a_student_names_its_teacher_by_the_hub_id(lora, repository, tmp_path):
     model = random_model()
     if lora:
         add_lora(model, lora, lora, name="ema")
-    output = distill.Output("owner/name", Path("weights/base"), None, None, (64, 64), {})
+    here = gather(Path("weights/base"))
+    output = distill.Output(gather("owner/name"), here, None, None, (64, 64), {})
     run = Run(tmp_path / "run")
     distill.write_student(run, model, lora, distill.Progress(), output)
     assert read_json(run.out / "model_index.json")["base"] == "owner/name"
@@ -294,9 +299,9 @@ def test_a_file_stands_for_its_own_part_alone(repository, capsys):
     _, loaded, _ = load_pipeline(coder, parts=("vae",))
     assert torch.equal(loaded.bn.running_mean, load_vae("weights/base").bn.running_mean)
     assert vae_identity(coder) == vae_identity("weights/base")
-    with pytest.raises(LensError, match="is one file, of one part: name a folder"):
+    with pytest.raises(LensError, match="is one file, of one part: name the others"):
         load_pipeline(denoiser)
-    assert base_from("runs/mine", denoiser) is None
+    assert base_from("runs/mine", denoiser) == f"../../{denoiser}"
 
     save_adapter("lora")
     for name in ("lora/adapter_model.safetensors", "lora"):

@@ -17,8 +17,9 @@ import lens
 import rl
 import sample
 import train
-from kit.checkpoint import load_pipeline, load_transformer, read_metadata
+from kit.checkpoint import load_pipeline, load_transformer
 from kit.lora import merge_lora
+from kit.places import read_metadata
 from kit.rubrics import gaming
 from kit.run import Run, choose
 from kit.state import check_no_other_weights, newest_state

@@ -24,14 +24,10 @@ import kit.run
 import lens
 import sample
 import train
-from kit.checkpoint import (
-    WEIGHT_NAMES,
-    load_transformer,
-    read_metadata,
-    save_pipeline,
-)
+from kit.checkpoint import load_transformer, save_pipeline
 from kit.files import LensError, open_safetensors
 from kit.lora import add_lora, merge_lora
+from kit.places import WEIGHT_NAMES, read_metadata
 from kit.run import Run, compile_blocks
 from kit.state import kept_progress, newest_state
 from toy.dataset import label_head, label_loss, label_sizes

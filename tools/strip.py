@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 import lens  # noqa: E402  (the path above comes first)
 import sample  # noqa: E402
-from kit.checkpoint import PARTS, fetch, load_vae  # noqa: E402
+from kit.checkpoint import load_vae  # noqa: E402
 from kit.files import Parser, replace_file, run_command, seed_number  # noqa: E402
 from kit.images import contact_sheet  # noqa: E402
+from kit.places import PARTS, fetch  # noqa: E402
 from kit.run import pick_device  # noqa: E402
 
 

@@ -1,0 +1,209 @@
+"""The parts as people hold them: files alone, ComfyUI's folder, a stock language model, the hub;
+from each the same picture."""
+import shutil
+
+import pytest
+import torch
+from conftest import error_line
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_names import hub  # noqa: F401
+
+import lens
+import sample
+import train
+from kit.checkpoint import load_pipeline, load_vae
+from kit.files import LensError, read_json, write_json
+from kit.places import Places, base_from, gather
+
+PROMPT = "a red circle"
+
+
+def picture_of(weights, **parts):
+    pipeline = load_pipeline(gather(weights, **parts), dtype=torch.float32)
+    return sample.generate([PROMPT], pipeline, height=32, width=32, steps=2, guidance=2)[0]
+
+
+@pytest.fixture(scope="module")
+def expected(nano):
+    return picture_of(nano)
+
+
+def bfl_names(state):
+    """An autoencoder's tensors as FLUX.2's own code names them, written here by hand for nano's two
+    stages: the independent second path."""
+    def block(ours, theirs):
+        for end in ("norm1", "conv1", "norm2", "conv2"):
+            yield f"{ours}.{end}", f"{theirs}.{end}"
+        yield f"{ours}.conv_shortcut", f"{theirs}.nin_shortcut"
+
+    stages = len(lens.SIZES["nano"].vae["block_out_channels"])
+    layers = lens.SIZES["nano"].vae["layers_per_block"]
+    pairs = [("quant_conv", "encoder.quant_conv"), ("post_quant_conv", "decoder.post_quant_conv")]
+    for half in ("encoder", "decoder"):
+        pairs += [(f"{half}.conv_in", f"{half}.conv_in"), (f"{half}.conv_out", f"{half}.conv_out"),
+                  (f"{half}.conv_norm_out", f"{half}.norm_out")]
+        pairs += block(f"{half}.mid_block.resnets.0", f"{half}.mid.block_1")
+        pairs += block(f"{half}.mid_block.resnets.1", f"{half}.mid.block_2")
+        ours, theirs = f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1"
+        pairs += [(f"{ours}.group_norm", f"{theirs}.norm"), (f"{ours}.to_q", f"{theirs}.q"),
+                  (f"{ours}.to_k", f"{theirs}.k"), (f"{ours}.to_v", f"{theirs}.v"),
+                  (f"{ours}.to_out.0", f"{theirs}.proj_out")]
+    for i in range(stages):
+        last = stages - 1 - i
+        for j in range(layers):
+            pairs += block(f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}")
+        for j in range(layers + 1):
+            pairs += block(f"decoder.up_blocks.{i}.resnets.{j}", f"decoder.up.{last}.block.{j}")
+        pairs += [(f"encoder.down_blocks.{i}.downsamplers.0.conv",
+                   f"encoder.down.{i}.downsample.conv"),
+                  (f"decoder.up_blocks.{i}.upsamplers.0.conv",
+                   f"decoder.up.{last}.upsample.conv")]
+
+    named = {f"{ours}.{end}": f"{theirs}.{end}"
+             for ours, theirs in pairs for end in ("weight", "bias")}
+    renamed = {}
+    for name, tensor in state.items():
+        theirs = named.get(name, name)
+        if ".attn_1." in theirs and tensor.dim() == 2:
+            tensor = tensor[:, :, None, None]                      # a 1 x 1 convolution there
+        renamed[theirs] = tensor.contiguous()
+    assert not any("_blocks" in name for name in renamed)
+    return renamed
+
+
+@pytest.fixture
+def three(nano, tmp_path):
+    """The parts of `nano` as people download them: {"denoiser": file, "vae": file, "encoder":
+    folder}."""
+    denoiser = load_file(nano / "transformer" / "diffusion_pytorch_model.safetensors")
+    files = tmp_path / "files"
+    files.mkdir()
+    save_file({f"model.diffusion_model.{name}": t for name, t in denoiser.items()},
+              files / "lens_bf16.safetensors")
+    coder = load_file(nano / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file(bfl_names(coder), files / "flux2-vae.safetensors")
+    stock = files / "gpt-oss"
+    shutil.copytree(nano / "text_encoder", stock)
+    for file in (nano / "tokenizer").iterdir():
+        shutil.copy(file, stock)
+    # Shapes do not tell which layers are read, nor how heads are split over axes.
+    write_json(files / "config.json", read_json(nano / "transformer" / "config.json"))
+    return {"denoiser": files / "lens_bf16.safetensors", "vae": files / "flux2-vae.safetensors",
+            "encoder": stock}
+
+
+def test_three_files_make_the_picture(three, expected):
+    picture = picture_of(three["denoiser"], vae=three["vae"], text_encoder=three["encoder"])
+    assert picture == expected
+
+
+def test_so_does_the_command(three, nano, tmp_path, capsys):
+    def pixels(out, *weights):
+        sample.main(["--prompt", PROMPT, "--steps", "2", "--guidance", "2", "--height", "32",
+                     "--width", "32", "--dtype", "fp32", "--device", "cpu", "--cache",
+                     str(tmp_path / "cache"), "--out", str(tmp_path / out), *map(str, weights)])
+        return (tmp_path / out).read_bytes()
+
+    apart = ["--weights", three["denoiser"], "--vae", three["vae"],
+             "--text-encoder", three["encoder"]]
+    a, b = pixels("a.png", *apart), pixels("b.png", "--weights", nano)
+    assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
+    assert a != b                                  # their notes differ
+    line = error_line(sample.main, ["--prompt", "x", "--weights", str(three["denoiser"]),
+                                    "--vae", str(three["vae"])], capsys)
+    assert "is one file, of one part: name the others with --vae and --text-encoder" in line
+
+
+def test_comfyui_keeps_them_in_folders_of_its_own(three, nano, tmp_path, expected):
+    models = tmp_path / "models"
+    for folder in ("diffusion_models", "vae", "text_encoders"):
+        (models / folder).mkdir(parents=True)
+    shutil.copy(three["denoiser"], models / "diffusion_models")
+    shutil.copy(three["denoiser"].parent / "config.json", models / "diffusion_models")
+    shutil.copy(three["vae"], models / "vae")
+    encoder = nano / "text_encoder" / "model.safetensors"
+    shutil.copy(encoder, models / "text_encoders" / "gpt.safetensors")
+    for file in [nano / "text_encoder" / "config.json", *(nano / "tokenizer").iterdir()]:
+        shutil.copy(file, models / "text_encoders")
+    assert picture_of(models) == expected
+
+    shutil.copy(three["vae"], models / "vae" / "another.safetensors")
+    with pytest.raises(LensError, match=r"found 2 files \(another.*, flux2-vae.*name one"):
+        load_vae(models)
+
+
+def test_a_language_model_may_be_one_file(three, nano, tmp_path, expected, hub):  # noqa: F811
+    """Its config is then told by its shapes, and its tokenizer comes from the hub."""
+    file = tmp_path / "gpt_oss.safetensors"
+    shutil.copy(nano / "text_encoder" / "model.safetensors", file)
+    config = read_json(nano / "text_encoder" / "config.json")
+    nano_text = lens.SIZES["nano"].text_encoder
+    assert config["num_experts_per_tok"] == nano_text["num_experts_per_tok"]
+    hub["openai/gpt-oss-20b"] = nano / "tokenizer"
+    encoder = load_pipeline(Places(three["denoiser"], three["vae"], file), dtype=torch.float32,
+                            parts=("text_encoder",))[2]
+    told = encoder.model.config
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                 "head_dim", "num_local_experts", "intermediate_size", "vocab_size"):
+        assert getattr(told, name) == config[name], name
+    assert told.num_experts_per_tok == 4           # as nothing says it, GPT-OSS-20B's
+
+    write_json(tmp_path / "config.json", config)
+    shutil.copy(nano / "tokenizer" / "tokenizer.json", tmp_path)
+    assert picture_of(three["denoiser"], vae=three["vae"], text_encoder=file) == expected
+
+
+def test_each_part_may_be_on_the_hub(three, nano, tmp_path, expected, hub):  # noqa: F811
+    hub["comfy/lens@v2"] = three["denoiser"].parent
+    hub["owner/whole"] = nano
+    hub["openai/stock"] = three["encoder"]
+    with pytest.raises(LensError, match="hub could not give it"):
+        load_vae("comfy/lens/flux2-vae.safetensors")               # of the main revision
+    places = gather("owner/whole", vae="comfy/lens@v2/flux2-vae.safetensors",
+                    text_encoder="openai/stock")
+    pipeline = load_pipeline(places, dtype=torch.float32)
+    assert sample.generate([PROMPT], pipeline, height=32, width=32, steps=2,
+                           guidance=2)[0] == expected
+    # What was named apart is not fetched with the rest.
+    whole = tmp_path / "snapshots" / "owner" / "whole"
+    weights = {file.parent.name for file in whole.rglob("*.safetensors")}
+    assert weights == {"transformer"}
+
+
+def test_a_tokenizer_of_another_model_is_refused(three):
+    config = read_json(three["encoder"] / "config.json")
+    tokenizer = read_json(three["encoder"] / "tokenizer.json")
+    extra = {"id": config["vocab_size"], "content": "<|extra|>", "single_word": False,
+             "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer["added_tokens"].append(extra)
+    write_json(three["encoder"] / "tokenizer.json", tokenizer)
+    with pytest.raises(LensError, match="tokenizer has .* tokens, the model"):
+        load_pipeline(Places(three["denoiser"], three["vae"], three["encoder"]))
+
+
+def test_an_adapter_over_three_files_knows_them(three, expected, tmp_path):
+    """Trained over parts that lie apart, it is sampled by its own name."""
+    out = tmp_path / "lora"
+    train.main(["--size", "nano", "--stage", "2", "--init", str(three["denoiser"]),
+                "--vae", str(three["vae"]), "--text-encoder", str(three["encoder"]),
+                "--lora", "2", "--out", str(out), "--steps", "1", "--preview-every", "0",
+                "--device", "cpu"])
+    assert read_json(out / "model_index.json")["base"] == {
+        "transformer": "../files/lens_bf16.safetensors", "vae": "../files/flux2-vae.safetensors",
+        "text_encoder": "../files/gpt-oss"}
+    pipeline = load_pipeline(out, dtype=torch.float32)
+    assert sample.generate([PROMPT], pipeline, height=32, width=32, steps=2, guidance=2)
+    with_lora, _, _ = pipeline
+    plain, _, _ = load_pipeline(Places(*three.values()), dtype=torch.float32)
+    # After one step B is not zero any more, but small.
+    name = "transformer_blocks.0.attn.img_qkv.weight"
+    change = (with_lora.state_dict()[name] - plain.state_dict()[name]).abs().max()
+    assert 0 < change < 0.01
+
+
+def test_names_of_parts_are_told_once():
+    assert str(gather("weights/toy")) == "weights/toy"
+    assert str(gather("a", vae="b")) == "a, b"
+    assert gather(gather("a", text_encoder="c")) == Places("a", "a", "c")
+    assert base_from("out", gather("owner/name@v1")) == "owner/name@v1"
