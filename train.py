@@ -58,7 +58,7 @@ from kit.files import (
 )
 from kit.fp8 import e4m3
 from kit.images import contact_sheet
-from kit.lora import add_lora, save_lora
+from kit.lora import add_lora, save_lora, write_for_comfyui
 from kit.places import (
     Places,
     add_part_flags,
@@ -959,6 +959,8 @@ def arguments(argv):
     add("--seed", type=seed_number, default=0)
     add("--export", metavar="DIR",
         help="train nothing: score what --out holds and write it there in bf16, to ship")
+    add("--export-lora", choices=("comfy",), help="train nothing: write the LoRA of --out (of "
+        "train.py, rl.py or distill.py) as ComfyUI reads it, into --out/comfyui_lora.safetensors")
 
     add = parser.add_argument_group("how").add_argument
     add("--steps", type=positive, help="of each stage (default: what size and stage say)")
@@ -987,6 +989,11 @@ def arguments(argv):
 
 def main(argv=None):
     args = arguments(argv)
+    if args.export_lora:
+        target = f"{args.out}/comfyui_lora.safetensors"
+        count = write_for_comfyui(args.out, target)
+        print(f"wrote {target}: {count} layers; put it into ComfyUI's models/loras")
+        return
     numbers = (1, 2) if args.stage == "all" else (int(args.stage),)
     stages = {number: stage_of(args.size, number) for number in numbers}
     if args.batch:

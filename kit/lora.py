@@ -354,3 +354,33 @@ def check_lora(file, parts, unmatched, layers):
         require(fits, f"{file}: {name}: B {b} times A {a} does not give the weight's {weight}")
         require(part.rank in (None, a[0]), f"{file}: {name} has rank {a[0]}, but its settings say "
                 f"{part.rank}: they are not of this file")
+
+
+# --- For ComfyUI ----------------------------------------------------------------------------------
+
+def write_for_comfyui(path, target):
+    """A LoRA (a file or a folder, with PEFT's names) as one file with the names that ComfyUI reads,
+    and each layer's alpha beside its matrices. -> how many layers."""
+    file = lora_file(path)
+    tensors = {}
+    with error_context(f"cannot read {file}"), open_safetensors(file) as handle:
+        settings = lora_settings(file, handle)
+        check_settings(file, settings)
+        notes = handle.metadata() or {}
+        for key in handle.keys():
+            match = LORA_KEY.fullmatch(key)
+            require(match and match["matrix"] in ("A", "B"), f"{file}: {key} is not PEFT's name of "
+                    "a LoRA's matrix")
+            layer = TOOL_PREFIX.sub("", match["layer"])
+            tensor = handle.get_tensor(key)
+            tensors[f"diffusion_model.{layer}.lora_{match['matrix']}.weight"] = tensor
+            if match["matrix"] == "A":
+                part = LoraPart(a=tensor, path=layer)
+                apply_settings(part, layer, settings)
+                rank = tensor.shape[0]
+                alpha = rank if part.alpha is None else part.alpha
+                # ComfyUI divides by the rank alone.
+                alpha = alpha * rank**0.5 if part.root else alpha
+                tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(float(alpha))
+    write_safetensors(target, tensors, notes)
+    return len(tensors) // 3

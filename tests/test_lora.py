@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model, relative
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from kit.checkpoint import load_transformer
 from kit.files import LensError
@@ -17,6 +17,7 @@ from kit.lora import (
     merge_lora,
     save_lora,
     set_lora,
+    write_for_comfyui,
 )
 from kit.places import notes_in
 
@@ -370,6 +371,25 @@ def test_adapters_of_other_kinds_are_refused(setting, words, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **names, **{
         name: None for name in setting.keys() - names.keys()}}))
     assert merge_lora(model, tmp_path) == 2
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"use_rslora": True}, {"alpha_pattern": {"to_out.0": 16}, "rank_pattern": {}}])
+def test_what_is_written_for_comfyui_is_the_same_change(settings, tmp_path):
+    save_lora(model_with_adapter(), tmp_path, metadata={"seed": 7})
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+    wanted, comfy = random_model(), random_model()
+    layers = merge_lora(wanted, tmp_path)
+    target = tmp_path / "elsewhere" / "comfy.safetensors"
+    assert write_for_comfyui(tmp_path, target) == layers
+    assert merge_lora(comfy, target) == layers     # it has no config beside it
+    names = list(load_file(target))
+    assert all(name.startswith("diffusion_model.transformer_blocks.") for name in names)
+    assert len(names) == 3 * layers
+    assert notes_in(target)["seed"] == "7"
+    for name, weight in wanted.state_dict().items():
+        assert relative(weight, comfy.state_dict()[name]) < 1e-6
 
 
 def test_a_pickled_lora_is_named(tmp_path):
