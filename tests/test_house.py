@@ -66,6 +66,7 @@ ORDER = [
     "tools.budget",
     "tools.bench",
     "tools.strip",
+    "tools.parity",
 ]
 PACKAGES = {name.split(".")[0] for name in ORDER if "." in name}
 

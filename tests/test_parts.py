@@ -1,18 +1,23 @@
 """The parts as people hold them: files alone, ComfyUI's folder, a stock language model, the hub;
 from each the same picture."""
+import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import error_line
+from conftest import GOLDENS, error_line
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_names import hub  # noqa: F401
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import lens
 import sample
 import train
-from kit.checkpoint import load_pipeline, load_vae
+from kit.checkpoint import load_pipeline, load_text_encoder, load_transformer, load_vae
 from kit.files import LensError, read_json, write_json
 from kit.places import Places, base_from, gather
 
@@ -29,16 +34,15 @@ def expected(nano):
     return picture_of(nano)
 
 
-def bfl_names(state):
-    """An autoencoder's tensors as FLUX.2's own code names them, written here by hand for nano's two
-    stages: the independent second path."""
+def bfl_names(state, config):
+    """An autoencoder's tensors as FLUX.2's own code names them, each name written here by hand: the
+    independent second path."""
     def block(ours, theirs):
         for end in ("norm1", "conv1", "norm2", "conv2"):
             yield f"{ours}.{end}", f"{theirs}.{end}"
         yield f"{ours}.conv_shortcut", f"{theirs}.nin_shortcut"
 
-    stages = len(lens.SIZES["nano"].vae["block_out_channels"])
-    layers = lens.SIZES["nano"].vae["layers_per_block"]
+    stages, layers = len(config["block_out_channels"]), config["layers_per_block"]
     pairs = [("quant_conv", "encoder.quant_conv"), ("post_quant_conv", "decoder.post_quant_conv")]
     for half in ("encoder", "decoder"):
         pairs += [(f"{half}.conv_in", f"{half}.conv_in"), (f"{half}.conv_out", f"{half}.conv_out"),
@@ -82,7 +86,7 @@ def three(nano, tmp_path):
     save_file({f"model.diffusion_model.{name}": t for name, t in denoiser.items()},
               files / "lens_bf16.safetensors")
     coder = load_file(nano / "vae" / "diffusion_pytorch_model.safetensors")
-    save_file(bfl_names(coder), files / "flux2-vae.safetensors")
+    save_file(bfl_names(coder, lens.SIZES["nano"].vae), files / "flux2-vae.safetensors")
     stock = files / "gpt-oss"
     shutil.copytree(nano / "text_encoder", stock)
     for file in (nano / "tokenizer").iterdir():
@@ -207,3 +211,79 @@ def test_names_of_parts_are_told_once():
     assert str(gather("a", vae="b")) == "a, b"
     assert gather(gather("a", text_encoder="c")) == Places("a", "a", "c")
     assert base_from("out", gather("owner/name@v1")) == "owner/name@v1"
+
+
+# --- The reference's numbers from every layout ----------------------------------------------------
+
+def golden_weights(name, folder, layout):
+    """A golden's weights as a file or folder in a layout -> (what to load, golden, its notes)."""
+    with safe_open(str(GOLDENS / f"{name}.safetensors"), "pt") as f:
+        tensors, notes = {key: f.get_tensor(key) for key in f.keys()}, f.metadata()
+    weights = {key.removeprefix("weights."): t for key, t in tensors.items()
+               if key.startswith("weights.")}
+    config = json.loads(notes["config"])
+    prefix, names = "", weights
+    if layout == "model.diffusion_model." or layout == "net.":
+        prefix = layout
+    if layout == "bfl":
+        names = bfl_names(weights, config)
+    target = folder / "part"
+    write_json(target / "config.json", config)
+    save_file({prefix + key: t.contiguous() for key, t in names.items()},
+              target / "weights.safetensors")
+    return target / "weights.safetensors", tensors, notes
+
+
+def off(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("layout", ["released", "model.diffusion_model.", "net."])
+def test_a_denoiser_of_every_layout_gives_the_references_velocity(layout, tmp_path):
+    file, golden, notes = golden_weights("dit", tmp_path, layout)
+    model = load_transformer(file)
+    text = [golden[f"in.text_features.{k}"] for k in range(4)]
+    with torch.no_grad():
+        v = model(golden["in.latents"], golden["in.timestep"], text, golden["in.text_mask"],
+                  tuple(json.loads(notes["latent_grid"])))
+    assert off(v, golden["out.velocity"]) < 1e-4
+
+
+@pytest.mark.parametrize("layout", ["released", "bfl"])
+@pytest.mark.parametrize("with_config", [True, False])
+def test_an_autoencoder_of_every_layout_gives_the_references_picture(
+        layout, with_config, tmp_path, monkeypatch):
+    file, golden, notes = golden_weights("vae", tmp_path, layout)
+    if not with_config:
+        (file.parent / "config.json").unlink()
+        # The one number that shapes do not tell is that of a known size with such widths.
+        config = json.loads(notes["config"])
+        assert config["norm_num_groups"] == 4
+        known = replace(lens.SIZES["full"], vae=config)
+        monkeypatch.setitem(lens.SIZES, "golden", known)
+    coder = load_vae(file)
+    with torch.no_grad():
+        mean, _ = coder.encode(golden["in.image"])
+        image = coder.decode(golden["in.latent"])
+    assert off(mean, golden["out.encode_mean"]) < 1e-4
+    assert off(image, golden["out.decode"]) < 1e-4
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_language_model_of_either_layout_gives_the_references_features(as_file, tmp_path):
+    file, golden, notes = golden_weights("text_encoder", tmp_path, "released")
+    words = WordLevel({"red": 0, "[UNK]": 1}, unk_token="[UNK]")
+    Tokenizer(words).save(str(file.parent / "tokenizer.json"))
+    config = read_json(file.parent / "config.json")
+    write_json(file.parent / "config.json", {"model_type": "gpt_oss", **config})
+    place = file
+    if not as_file:
+        place = file.parent
+        file.rename(file.with_name("model.safetensors"))
+    layers = json.loads(notes["selected_layers"])
+    encoder = load_text_encoder(place, dtype=torch.float32, layers=layers)
+    features = lens.text_features(encoder.model, golden["in.input_ids"],
+                                  golden["in.attention_mask"], layers)
+    for k, layer in enumerate(features):
+        visible = golden["in.attention_mask"].bool()
+        assert off(layer[visible], golden[f"out.features.{k}"][visible]) < 1e-4
