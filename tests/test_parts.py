@@ -1,18 +1,21 @@
 """The parts as people hold them: files alone, ComfyUI's folder, a stock language model, the hub;
 from each the same picture."""
+import datetime
 import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from conftest import GOLDENS, error_line
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_names import hub  # noqa: F401
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel
 
 import lens
 import sample
@@ -287,3 +290,52 @@ def test_a_language_model_of_either_layout_gives_the_references_features(as_file
     for k, layer in enumerate(features):
         visible = golden["in.attention_mask"].bool()
         assert off(layer[visible], golden[f"out.features.{k}"][visible]) < 1e-4
+
+
+# --- The chat -------------------------------------------------------------------------------------
+
+# How GPT-OSS's own tokenizer renders a chat, as far as these messages go (written anew here).
+HARMONY = """\
+{{- "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\\n" }}
+{{- "Knowledge cutoff: 2024-06\\nCurrent date: " + strftime_now("%Y-%m-%d") + "\\n\\n" }}
+{{- "Reasoning: " + (reasoning_effort or "medium") + "\\n\\n# Valid channels: analysis, " }}
+{{- "commentary, final. Channel must be included for every message.<|end|>" }}
+{%- for message in messages %}
+{%- if message.role == "developer" %}
+{{- "<|start|>developer<|message|># Instructions\\n\\n" + message.content + "\\n\\n<|end|>" }}
+{%- elif message.role == "user" %}
+{{- "<|start|>user<|message|>" + message.content + "<|end|>" }}
+{%- else %}
+{{- "<|start|>assistant<|channel|>analysis<|message|>" + message.thinking + "<|end|>" }}
+{{- "<|start|>assistant<|channel|>final<|message|>" + message.content + "<|return|>" }}
+{%- endif %}
+{%- endfor %}"""
+# Its special tokens that a chat has, with their published ids.
+SPECIAL = {"<|return|>": 200002, "<|channel|>": 200005, "<|start|>": 200006, "<|end|>": 200007,
+           "<|message|>": 200008}
+
+
+def test_our_chat_is_what_the_tokenizers_own_template_renders():
+    letters = {letter: k for k, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    words = Tokenizer(BPE(letters, []))            # each byte a token: no merges
+    words.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    words.add_special_tokens(list(SPECIAL))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, chat_template=HARMONY)
+    ours = {tokenizer.convert_tokens_to_ids(name): number for name, number in SPECIAL.items()}
+
+    encoder = lens.TextEncoder(random_language_model(len(tokenizer)), tokenizer, (0,),
+                               date=datetime.date.today().isoformat(), max_length=4096)
+    prompt = 'A red fox, "déjà vu" in 2 lines.\nAnd a sign.'
+    (ids,), _ = encoder.tokenize([prompt])
+    thinking = "Need to generate one image according to the description."
+    theirs = tokenizer.apply_chat_template(
+        [{"role": "developer", "content": lens.DESCRIBE}, {"role": "user", "content": prompt},
+         {"role": "assistant", "thinking": thinking, "content": ""}], return_dict=False)
+    assert [ours.get(i, i) for i in ids] == [ours.get(i, i) for i in theirs[:-1]]
+    assert ours[theirs[-1]] == SPECIAL["<|return|>"]               # which ends what we go on with
+    assert [ours.get(i) for i in ids[:1]] == [200006]
+
+
+def random_language_model(vocabulary):
+    spec = lens.SIZES["nano"].text_encoder
+    return lens.build_text_model(spec, vocab_size=vocabulary, pad_token_id=0)
