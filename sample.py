@@ -9,7 +9,9 @@ Assumes:     weights in a layout that kit/checkpoint.py reads. Without --weights
     python sample.py --prompt "..." --image photo.png --strength 0.6     # start from a picture
     python sample.py --prompt "..." --out picture.webp                   # .png, .jpg or .webp
     python sample.py --prompts-file prompts.txt --out pictures/          # or GenEval's JSON lines
-    python sample.py --prompt "..." --weights DIR_OR_REPO --base 1440    # the released model
+    python sample.py --prompt "..." --weights DIR_OR_REPO --base 1440    # the released model, or
+    python sample.py --prompt "..." --weights lens_bf16.safetensors --vae flux2-vae.safetensors \
+        --text-encoder openai/gpt-oss-20b                                # its parts, as people have them
     python sample.py --prompt "a couple of crimson discs" --reason       # a model rewrites it first
     python sample.py --eval                                              # the six tasks of the toy
 
