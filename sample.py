@@ -11,7 +11,7 @@ Assumes:     weights in a layout that kit/checkpoint.py reads. Without --weights
     python sample.py --prompts-file prompts.txt --out pictures/          # or GenEval's JSON lines
     python sample.py --prompt "..." --weights DIR_OR_REPO --base 1440    # the released model, or
     python sample.py --prompt "..." --weights lens_bf16.safetensors --vae flux2-vae.safetensors \
-        --text-encoder openai/gpt-oss-20b                                # its parts, as people have them
+        --text-encoder openai/gpt-oss-20b                                # its parts, one by one
     python sample.py --prompt "a couple of crimson discs" --reason       # a model rewrites it first
     python sample.py --eval                                              # the six tasks of the toy
 
