@@ -44,6 +44,7 @@ from kit.files import (
     check_writable,
     error_context,
     file_hash,
+    finite_number,
     first_few,
     lines_of,
     one_form,
@@ -707,7 +708,7 @@ def limit_option(text):
     name, _, value = text.partition("=")
     if name not in LIMITS:
         raise argparse.ArgumentTypeError(f"{name}: the limits are {', '.join(LIMITS)}")
-    return name, float(value)
+    return name, finite_number(value)
 
 
 def classifier_option(text):

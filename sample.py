@@ -617,7 +617,8 @@ def open_start(path):
 
 
 def arguments(argv):
-    parser = Parser("Make pictures from prompts, or score a model on the toy world.", __doc__)
+    parser = Parser("Make pictures from prompts, or score a model on the toy world.", __doc__,
+                    bare="python sample.py --prompt")
     add = parser.add_argument_group("what to make").add_argument
     add("--prompt", action="append", type=utf8_text,
         help="what the picture shows; may be given more than once")

@@ -726,7 +726,7 @@ HAS_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
     (["--eval", "--num", "2"], "leave out --negative, --image and --num"),
     (["--eval", "--image", "{bad}/blank.txt"], "leave out --negative, --image"),
     (["--eval", "--prompts-file", "{bad}/blank.txt"], "give one of"),
-    (["--prompt", "k\udcfchn"], "--prompt: invalid utf8_text"),
+    (["--prompt", "k\udcfchn"], "--prompt: must be text in UTF-8"),
     (["--prompt", "x", "--out", "{bad}/picture.gif"], "are written as .png, .jpg, .jpeg, .webp"),
     (["--eval", "--out", "{bad}/picture.png"], "fill a folder"),
     (["--prompt", "x", "--steps", "0"], "--steps"),

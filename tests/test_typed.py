@@ -1,0 +1,46 @@
+"""What people type: options that are none, words without quotation marks, numbers that are none;
+and what they are told then."""
+import pytest
+from conftest import error_line
+
+import data
+import sample
+import train
+from kit.files import quoted
+
+LONG_DASH = "\u2013"
+
+
+@pytest.mark.parametrize("main, typed, said", [
+    (sample.main, "--promt|a red circle", "no option --promt; did you mean --prompt?"),
+    (sample.main, "--promt=a star", "no option --promt; did you mean --prompt?"),
+    (sample.main, "-prompt|a star", "no option -prompt; did you mean --prompt?"),
+    (sample.main, f"{LONG_DASH}prompt|a star", "did you mean --prompt?"),
+    (sample.main, "--prom|a star", "no option --prom; did you mean --prompt?"),
+    (sample.main, "--xyz", "no option --xyz; --help lists the options"),
+    (data.main, "--dta|shards", "no option --dta; did you mean --data?"),
+    (train.main, "--step|5", "no option --step; did you mean --steps?"),
+    # Without the option, and without the quotation marks.
+    (sample.main, "a red circle", 'did you mean: python sample.py --prompt "a red circle"'),
+    (sample.main, "--steps|4|a|star", 'did you mean: python sample.py --prompt "a star"'),
+    (sample.main, "--seed|1|2", "2 belongs to no option; --help lists them"),
+    (sample.main, "--eval|a star", 'did you mean: python sample.py --prompt "a star"'),
+    (sample.main, "--prompt|a|red|circle|--steps|4", '--prompt "a red circle"'),
+    (sample.main, "--prompt|a star|--prompt|a|ring", '--prompt "a ring"'),
+    (data.main, "stats|--data|s/0.tar|s/1.tar", "--data 's/*.tar'"),
+    (train.main, "--data|s/0.tar|s/1.tar|s/2.tar", "--data 's/*.tar'"),
+    # Numbers.
+    (sample.main, "--steps|many", "--steps: must be a whole number, not 'many'"),
+    (sample.main, "--guidance|strong", "--guidance: must be a number, not 'strong'"),
+    (sample.main, "--guidance|nan", "--guidance: must be a number, not 'nan'"),
+    (sample.main, "--lora-strength|inf", "--lora-strength: must be a number, not 'inf'"),
+    (data.main, "pack|--limit|blur=x", "--limit: must be a number, not 'x'"),
+    (data.main, "cache|--bases|64,x", "--bases: must be a whole number, not 'x'"),
+])
+def test_what_is_typed_wrong_is_answered_with_what_was_meant(main, typed, said, capsys):
+    assert said in error_line(main, typed.split("|"), capsys)
+
+
+def test_a_word_is_quoted_as_one_types_it():
+    assert [quoted(word) for word in ("star", "a star", "it's", "", "$5", "*.tar")] == [
+        "star", '"a star"', '"it\'s"', "''", "'$5'", "'*.tar'"]
