@@ -46,10 +46,8 @@ from kit.files import (
     file_hash,
     finite_number,
     first_few,
-    lines_of,
-    one_form,
     positive,
-    read_text,
+    read_prompts,
     replace_file,
     require,
     run_command,
@@ -534,7 +532,7 @@ class CaptionSource:
     """A Source of captions alone, one a line of a file; the sizes take turns."""
 
     def __init__(self, path, sizes, encoder):
-        self.captions = read_captions(path)
+        self.captions, _ = read_prompts(path)
         self.encoder = encoder
         self.sizes = list(sizes)
         self.buckets = np.arange(len(self.captions)) % len(self.sizes)
@@ -553,18 +551,6 @@ class CaptionSource:
             captions = [self.captions[i] for i in samples]
             text, mask = text_and_mask(self.encoder, captions)
             yield Batch(samples, epoch, grid_of(self.sizes[bucket]), text, mask)
-
-
-def read_captions(path):
-    """[str] of a file: plain lines, or JSON lines (.json, .jsonl) with a `prompt` field each."""
-    lines = lines_of(read_text(path))
-    if str(path).endswith((".json", ".jsonl")):
-        with error_context(f"cannot read captions from {path}"):
-            lines = [json.loads(line)["prompt"] for line in lines]
-    require(lines, f"{path}: no captions in the file")
-    require(all(isinstance(line, str) and line.strip() for line in lines),
-            f"{path}: an empty caption in the file")
-    return [one_form(line) for line in lines]
 
 
 # --- Caching: pictures encoded once ---------------------------------------------------------------

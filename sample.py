@@ -22,6 +22,8 @@ where it was stopped.
 import functools
 import hashlib
 import json
+import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -43,15 +45,15 @@ from kit.checkpoint import (
     load_pipeline,
     locate,
     read_metadata,
+    settings_of_adapter,
 )
 from kit.features import CACHE_BYTES, cached_features, default_cache, denoiser_config, feature_key
 from kit.files import (
     Parser,
     check_writable,
     error_context,
-    lines_of,
-    one_form,
     positive,
+    read_prompts,
     read_text,
     require,
     run_command,
@@ -69,7 +71,7 @@ from kit.images import (
     to_rgb,
 )
 from kit.lora import lora_file, merge_lora
-from kit.outputs import metadata_of, names_a_picture, plan_jobs, save_new, save_sheets, words_of
+from kit.outputs import metadata_of, names_a_picture, plan_jobs, save_new, save_sheets
 from kit.run import compile_blocks, pick_attention, pick_device, pick_dtype, use_attention
 from toy import language
 from toy.checker import held_out, round_trip, score, token_diversity
@@ -218,9 +220,7 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
         features = encoder.encode_each(prompts + [negative])
     *features, negative_features = features
 
-    start = 0
-    if images:
-        start = steps - max(1, round(steps * strength))
+    start = first_step(steps, strength) if images else 0
     batches = batches_of_one_length(features, batch_size)
     bar = tqdm(total=len(batches) * (steps - start), desc="denoise", unit="step",
                disable=not progress, leave=False)
@@ -251,6 +251,11 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
             pictures[i] = picture
     bar.close()
     return pictures
+
+
+def first_step(steps, strength):
+    """Where the last `strength` of the steps begins: at least one of them is run."""
+    return steps - max(1, round(steps * strength))
 
 
 def picture_noise(seed, grid, channels):
@@ -367,30 +372,13 @@ def pick_size(height, width, aspect, base):
     return height, width
 
 
-def read_prompts(path):
-    """Prompts of a file: plain lines, or JSON lines with a `prompt` field, as GenEval's.
-    -> (prompts, [the whole row of each] or None)."""
-    lines = lines_of(read_text(path))
-    rows = None
-    if str(path).endswith((".jsonl", ".json")):
-        with error_context(f"cannot read prompts from {path}"):
-            rows = [json.loads(line) for line in lines]
-            lines = [row["prompt"] for row in rows]
-    usable = all(isinstance(line, str) and line.strip() for line in lines)
-    require(lines and usable, f"{path}: no prompts, or an empty one, in the file")
-    return [one_form(line) for line in lines], rows
-
-
-def strange_words(prompts, notes):
-    """-> (words of the prompts that the model never saw in training, all words that it saw). Both
-    are empty where the notes of its weights list no words; the toy's do."""
-    known = set(json.loads(notes.get("words", "[]")))
-    if not known:
-        return [], known
-    used = set()
-    for prompt in prompts:
-        used.update(words_of(prompt))
-    return sorted(used - known), known
+def warn_of_size(height, width, home):
+    """Where a picture is far from the weights' home size, `home` pixels a side. The toy's pictures
+    of 96 to 192 pixels are as good as those of 128; at 256 one of six is right, at 48 none."""
+    if not home / 2 <= math.sqrt(height * width) <= 1.5 * home:
+        print(f"warning: these weights draw {home} x {home} pixels; of {width} x {height} expect "
+              f"noise, or objects that are cut or repeated (--base {home} is the usual size)",
+              file=sys.stderr)
 
 
 def make_reasoner(notes, encoder=None, system_prompt=None, endpoint=None, model="default",
@@ -453,7 +441,7 @@ class Weights:
         files = [*locate(self.folder, "transformer")[0], *adapter_files(self.folder),
                  *locate(self.folder, "vae")[0]]
         if self.lora:
-            files.append(lora_file(self.lora))
+            files.append(lora_file(self.lora_path))
         parts = [feature_key(self.folder, self.dtype, self.date)]
         for file in files:
             status = file.stat()
@@ -533,6 +521,8 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
     make_reasoner   text encoder or None -> reason.Reasoner; None: requests are the prompts
     endpoint_model  the model that rewrites at an endpoint; None: the text encoder rewrites
     """
+    known = set(json.loads(read_metadata(weights.folder).get("words", "[]")))
+    requests, changes = language.respelled(requests, known)
     prompts, encoder = requests, None
     common = {"negative": negative, **sampling.notes(), **weights.notes()}
     if image:
@@ -548,11 +538,8 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
             print(f"{request!r} -> {prompt!r}")
         del reasoner
 
-    strange, known = strange_words(prompts, read_metadata(weights.folder))
-    if strange:
-        plural = "s" if len(strange) > 1 else ""
-        print(f"note: this model never saw the word{plural} {', '.join(strange)}. "
-              f"It knows: {', '.join(sorted(known))}", file=sys.stderr)
+    for remark in changes + language.remarks(prompts, known, rewritten=bool(make_reasoner)):
+        print(f"note: {remark}", file=sys.stderr)
 
     jobs = plan_jobs(out, requests, prompts, rows, num, sampling.seed, common)
     missing = [job for job in jobs if not job.path.exists()]
@@ -613,24 +600,25 @@ def open_start(path):
     if not path:
         return None
     with error_context(f"cannot read --image {path}"):
-        return read_picture(Path(path).expanduser().read_bytes())
+        return read_picture(Path(path).read_bytes())
 
 
 def arguments(argv):
     parser = Parser("Make pictures from prompts, or score a model on the toy world.", __doc__,
                     bare="python sample.py --prompt")
+    path = os.path.expanduser                      # a shell leaves a quoted ~ as it is
     add = parser.add_argument_group("what to make").add_argument
     add("--prompt", action="append", type=utf8_text,
         help="what the picture shows; may be given more than once")
-    add("--prompts-file", metavar="FILE", help="one prompt a line. Of a .jsonl file, GenEval's: "
-        "pictures go into the folders that its evaluator reads")
+    add("--prompts-file", metavar="FILE", type=path, help="one prompt a line. Of a .jsonl file, "
+        "GenEval's: pictures go into the folders that its evaluator reads")
     add("--negative", default="", type=utf8_text,
         help="what it should not show, under guidance; empty: no text at all")
     add("--seed", type=seed_number, default=0,
-        help="of the first picture; the next have seed + 1, ...")
-    add("--num", type=positive, default=1, help="pictures a prompt")
-    add("--image", metavar="FILE", help="a picture to start from; its middle is taken where "
-        "its proportions are not those asked for")
+        help="of the first picture; the next have seed + 1, ... (default: %(default)s)")
+    add("--num", type=positive, default=1, help="pictures a prompt (default: %(default)s)")
+    add("--image", metavar="FILE", type=path, help="a picture to start from; its middle is taken "
+        "where its proportions are not those asked for")
     add("--strength", type=float,
         help=f"how much of --image is redrawn, above 0 to 1 (default: {STRENGTH})")
 
@@ -666,16 +654,16 @@ def arguments(argv):
     add = parser.add_argument_group("the reasoner").add_argument
     add("--reason", action="store_true",
         help="rewrite each prompt into a dense one first, as the captions in training were")
-    add("--system-prompt", metavar="FILE", help="what the reasoner is told (default: the project's "
-        "own words; rl.py --search finds others)")
+    add("--system-prompt", metavar="FILE", type=path, help="what the reasoner is told (default: "
+        "the project's own words; rl.py --search finds others)")
     add("--endpoint", metavar="URL", help="OpenAI-compatible, up to and with /v1 (default: the "
         "text encoder writes); its key is read from LENS_API_KEY")
     add("--model", help="the endpoint's model")
 
     add = parser.add_argument_group("out").add_argument
-    add("--out", default="out", metavar="PATH", help="folder for the pictures, or a file: "
-        "picture.png, .jpg or .webp (of several: picture-0.png, picture-1.png, ...)")
-    add("--cache", default=default_cache(), metavar="DIR",
+    add("--out", default="out", metavar="PATH", type=path, help="folder for the pictures (default: "
+        "%(default)s), or a file: picture.png, .jpg or .webp (of several: picture-0.png, ...)")
+    add("--cache", default=default_cache(), metavar="DIR", type=path,
         help=f"folder for prompt features, {CACHE_BYTES >> 30} GiB at most; '' for none "
         "(default: %(default)s)")
 
@@ -688,6 +676,8 @@ def arguments(argv):
 
     args = parser.parse_args(argv)
     require(args.per_task != 1, "--per-task must be at least 2")
+    require(args.guidance is None or args.guidance >= 0,
+            f"--guidance {args.guidance}: must be at least 0")
     require(args.strength is None or 0 < args.strength <= 1,
             f"--strength {args.strength}: must be above 0 and at most 1")
     given = sum([args.eval, bool(args.prompt), bool(args.prompts_file)])
@@ -728,13 +718,21 @@ def main(argv=None):
             f"--size {args.size}: the weights in {args.weights} are of another size")
 
     notes = read_metadata(folder)
+    if lora_path:
+        notes |= settings_of_adapter(lora_file(lora_path))
     steps, guidance = sampler_settings(notes, args.steps, args.guidance)
     require(guidance != 1 or not args.negative.strip(),
             "--negative has no effect at guidance 1, where only the prompt is read: leave it out, "
             f"or add --guidance, say {GUIDANCE:g}")
-    base = args.base or usual_base(notes, config.in_channels)
-    height, width = pick_size(args.height, args.width, args.aspect, base)
+    home = usual_base(notes, config.in_channels)
+    height, width = pick_size(args.height, args.width, args.aspect, args.base or home)
+    warn_of_size(height, width, home)
     sampling = Sampling(height, width, steps, guidance, args.seed)
+
+    strength = args.strength or STRENGTH
+    if args.image and first_step(steps, strength) == 0:
+        print(f"warning: all {steps} steps begin at noise alone, so nothing is left of --image: "
+              "take a smaller --strength, or more --steps", file=sys.stderr)
 
     dtype, why = pick_dtype(device, args.dtype, config.inner_dim)
     h, w = data.grid_of((height, width))
@@ -770,7 +768,7 @@ def main(argv=None):
     else:
         pictures_command(
             weights, sampling, out, requests, rows, num=args.num, negative=args.negative,
-            image=image, strength=args.strength or STRENGTH, cache=args.cache,
+            image=image, strength=strength, cache=args.cache,
             make_reasoner=reasoner_of,
             endpoint_model=(args.model or "default") if args.endpoint else None)
 

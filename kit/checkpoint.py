@@ -300,6 +300,14 @@ def read_metadata(path):
     return notes
 
 
+def settings_of_adapter(file):
+    """{"steps", "guidance"} that an adapter was made for, as far as its notes say so. Those of
+    other tools are not read: in them "steps" may be the length of a training."""
+    notes = notes_in(file)
+    ours = "trained_steps" in notes
+    return {name: notes[name] for name in ("steps", "guidance") if ours and name in notes}
+
+
 def identity(folder, part="transformer"):
     """A short name for a part's weights: the folder's name, and a hash of what the files say of
     themselves (their first 64 KiB, which hold the header, name and size)."""

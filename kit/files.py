@@ -44,6 +44,8 @@ def error_context(doing):
         raise
     except Exception as e:
         text = str(e).strip() or type(e).__name__
+        if isinstance(e, KeyError):                # says no more than the name
+            text = f"{text} is missing"
         raise LensError(f"{doing}: {text.splitlines()[0]}") from e
 
 
@@ -80,8 +82,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise LensError(message)
 
-    def parse_known_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else list(args)
+    def parse_known_args(self, words=None, namespace=None):
+        words = sys.argv[1:] if words is None else list(words)
         options = re.findall(r"(?<![\w-])--[\w-]+", self.format_usage())
         for word in words:                         # first: its value would be taken for a command
             name = word.split("=")[0]
@@ -286,6 +288,37 @@ def one_form(text):
     """Each letter with its accents as one character where there is such (Unicode's NFC): macOS
     writes them as two, and the same word would be another one."""
     return unicodedata.normalize("NFC", text)
+
+
+A_PROMPT = '{"prompt": "a red circle"}'
+
+
+def read_prompts(path):
+    """Prompts of a file: plain lines, or of a .json or .jsonl file JSON lines with a `prompt`, as
+    GenEval's. -> (prompts, [the whole row of each] or None). LensError names a line that has
+    none."""
+    prompts, rows = [], []
+    in_json = str(path).endswith((".json", ".jsonl"))
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        prompt = line
+        if in_json:
+            rows.append(json_value(line))
+            prompt = rows[-1].get("prompt") if isinstance(rows[-1], dict) else None
+            require(isinstance(prompt, str) and prompt.strip(),
+                    f"cannot read prompts from {path}: line {number} must look like {A_PROMPT}")
+        prompts.append(one_form(prompt))
+    require(prompts, f"{path}: no prompts in the file")
+    return prompts, rows if in_json else None
+
+
+def json_value(text):
+    """What a line of JSON holds; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def write_text(path, text):

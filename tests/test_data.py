@@ -715,18 +715,6 @@ def test_captions_alone_are_a_source(tmp_path, name, content):
     assert data.CaptionSource(other, SIZES, FixedEncoder()).digest != source.digest
 
 
-@pytest.mark.parametrize("name, content, said", [
-    ("a.txt", "\n \n", "no captions"),
-    ("a.jsonl", '{"prompt": " "}', "an empty caption"),
-    ("a.jsonl", '{"words": "a cat"}', "cannot read captions"),
-    ("a.jsonl", "{torn", "cannot read captions"),
-])
-def test_a_file_without_captions_is_refused(tmp_path, name, content, said):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(LensError, match=said):
-        data.read_captions(tmp_path / name)
-
-
 # --- Latents --------------------------------------------------------------------------------------
 
 def test_latents_are_kept_while_fresh_and_refused_when_stale(tmp_path, vae, capsys):

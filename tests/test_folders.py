@@ -11,12 +11,11 @@ from PIL import Image, ImageDraw
 from shards import LOOSE, SIZES, encoded, make_tar, photo
 
 import data
-from kit.files import LensError, read_json, read_json_lines, read_text
+from kit.files import LensError, read_json, read_json_lines, read_prompts, read_text
 from kit.images import ENDINGS
 from kit.pack import near_duplicates
 from kit.rubrics import read_rows
 from kit.tars import find_files, words_of
-from sample import read_prompts
 
 NFD = unicodedata.normalize("NFD", "café über")
 NFC = unicodedata.normalize("NFC", NFD)
@@ -107,17 +106,33 @@ def test_files_of_prompts_are_read_so_too(tmp_path):
     for encoding in ("utf-8-sig", "utf-16"):
         path = tmp_path / "prompts.jsonl"
         path.write_bytes(text.encode(encoding))
-        assert data.read_captions(path) == [SEPARATED, NFC]
         assert read_prompts(path)[0] == [SEPARATED, NFC]
         assert [row["prompt"] for row in read_rows(path, [(64, 64)])] == [SEPARATED, NFC]
 
         plain = tmp_path / "prompts.txt"
         plain.write_bytes(f"one\r\n{NFD}\n".encode(encoding))
-        assert data.read_captions(plain) == read_prompts(plain)[0] == ["one", NFC]
+        assert read_prompts(plain)[0] == ["one", NFC]
         assert read_text(plain) == f"one\n{NFD}\n"
 
         (tmp_path / "a.json").write_bytes(json.dumps({"a": "é"}).encode(encoding))
         assert read_json(tmp_path / "a.json") == {"a": "é"}
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("p.txt", "\n \n", "no prompts in the file"),
+    ("p.jsonl", "", "no prompts in the file"),
+    ("p.jsonl", '{"prompt": "a star"}\n\n{"text": "a cat"}', "line 3 must look like"),
+    ("p.jsonl", '{"prompt": " "}', 'line 1 must look like {"prompt": "a red circle"}'),
+    ("p.jsonl", '{"prompt": "a star"}\n{torn', "line 2 must look like"),
+    ("p.json", '["a star", "a ring"]', "line 1 must look like"),
+    ("p.json", '{"prompt": 5}', "line 1 must look like"),
+])
+def test_of_a_file_of_prompts_the_line_is_named(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(LensError) as error:
+        read_prompts(tmp_path / name)
+    assert said in str(error.value)
+    assert str(tmp_path / name) in str(error.value)
 
 
 def test_a_log_of_our_own_outlives_a_torn_line(tmp_path):
