@@ -10,7 +10,7 @@ Assumes:     weights in a layout that kit/checkpoint.py reads. Without --weights
     python sample.py --prompt "..." --out picture.webp                   # .png, .jpg or .webp
     python sample.py --prompts-file prompts.txt --out pictures/          # or GenEval's JSON lines
     python sample.py --prompt "..." --weights DIR_OR_REPO --base 1440    # the released model
-    python sample.py --prompt "a couple of crimson discs" --reason       # a model rewrites it first
+    python sample.py --prompt "a trio of golden hoops" --reason          # a model rewrites it first
     python sample.py --eval                                              # the six tasks of the toy
 
 The sampler is `denoise`: Euler's method, and under guidance two velocities a step, with the prompt
@@ -65,6 +65,7 @@ from kit.fp8 import to_fp8
 from kit.images import (
     contact_sheet,
     cover,
+    enlarged,
     from_pil,
     read_picture,
     to_pil,
@@ -74,8 +75,7 @@ from kit.lora import lora_file, merge_lora
 from kit.outputs import metadata_of, names_a_picture, plan_jobs, save_new, save_sheets
 from kit.run import compile_blocks, pick_attention, pick_device, pick_dtype, use_attention
 from toy import language
-from toy.checker import held_out, round_trip, score, token_diversity
-from toy.world import TASKS
+from toy.checker import first_failures, held_out_rows, round_trip, score, token_diversity
 
 TOY = Path(__file__).resolve().parent / "weights" / "toy"
 STEPS = 20               # [checkpoint] where weights do not say otherwise
@@ -319,7 +319,7 @@ def evaluate(pipeline, height, width, steps, guidance, per_task=50, seed=0, styl
     rewrite    [prompt] -> [prompt], the reasoner
     diversity  adds `diversity`, see `measure_diversity`
     """
-    rows = [row for task in TASKS for row in held_out(task, per_task, height, width, style)]
+    rows = held_out_rows(per_task, height, width, style)
     prompts = [row.prompt for row in rows]
     asked = rewrite(prompts) if rewrite else prompts
     pictures = generate(asked, pipeline, seed=seed, height=height, width=width, steps=steps,
@@ -338,7 +338,7 @@ def measure_diversity(pipeline, height, width, steps, guidance):
     transformer, _, encoder = pipeline
     device, channels = transformer.proj_out.weight.device, transformer.config.in_channels
     grid = data.grid_of((height, width))
-    prompts = [row.prompt for task in TASKS for row in held_out(task, 2, height, width)]
+    prompts = [row.prompt for row in held_out_rows(2, height, width)]
     noise = torch.cat([picture_noise(seed, grid, channels) for seed in range(4)]).to(device)
     distances = []
     for own in encoder.encode_each(prompts):
@@ -480,7 +480,8 @@ class Sampling:
 
 
 def evaluate_command(weights, sampling, out, per_task, style, make_reasoner=None):
-    """--eval: the table of the six tasks, a contact sheet; the last line is JSON.
+    """--eval: the table of the six tasks, a contact sheet with ticks and crosses; the last line is
+    JSON.
 
     make_reasoner   text encoder -> reason.Reasoner; None: prompts stay as they are
     """
@@ -501,24 +502,33 @@ def evaluate_command(weights, sampling, out, per_task, style, make_reasoner=None
     seconds = time.perf_counter() - begin
 
     how = f"{style} prompts a task" + (", rewritten" if rewrite else "")
-    about_eight_a_task = pictures[::max(1, per_task // 8)]
+    about_eight_a_task = slice(None, None, max(1, per_task // 8))
+    shown = pictures[about_eight_a_task]
+    rows = held_out_rows(per_task, sampling.height, sampling.width, style)[about_eight_a_task]
+    failures = first_failures(shown, rows)
+    below = [f"not so: {failure}" if failure else row.prompt
+             for failure, row in zip(failures, rows)]
+    sheet = contact_sheet(shown, 12, captions=below, right=[not failure for failure in failures])
     notes = {"prompts": f"{per_task} held-out {how}", "seed": sampling.seed,
              "score": json.dumps(scores), **sampling.notes(), **weights.notes()}
-    sheet = save_new(contact_sheet(about_eight_a_task, columns=12), out / "eval.png", notes)
-    print(f"\n{'task':14} score   ({notes['prompts']}, {seconds:.0f} s, pictures in {sheet})")
+    path = save_new(sheet, out / "eval.png", notes)
+    print(f"\n{'task':14} score   ({notes['prompts']}, {seconds:.0f} s)")
     for name, value in scores.items():
         print(f"{name:14} {value:.3f}")
+    print(f"{len(shown)} of the pictures are in {path}, each with its prompt, or with the first "
+          "fact that does not hold")
     print(json.dumps(scores))
 
 
 def pictures_command(weights, sampling, out, requests, rows=None, num=1, negative="", image=None,
-                     strength=STRENGTH, cache="", make_reasoner=None, endpoint_model=None):
+                     strength=STRENGTH, scale=1, cache="", make_reasoner=None, endpoint_model=None):
     """Pictures of `requests`, `num` each, as files. What is there already, made from the same, is
     not made again.
 
     out             their folder; or a file, see `names_a_picture`
     requests        prompts as the user gave them;  rows: GenEval's metadata, one for each, or None
     make_reasoner   text encoder or None -> reason.Reasoner; None: requests are the prompts
+    scale           each pixel is written so many times across and down
     endpoint_model  the model that rewrites at an endpoint; None: the text encoder rewrites
     """
     known = set(json.loads(read_metadata(weights.folder).get("words", "[]")))
@@ -527,6 +537,8 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
     common = {"negative": negative, **sampling.notes(), **weights.notes()}
     if image:
         common |= {"image": hashlib.sha256(image.tobytes()).hexdigest()[:16], "strength": strength}
+    if scale > 1:
+        common |= {"scale": scale}
     if make_reasoner:
         if endpoint_model is None:
             encoder = weights.text_encoder()
@@ -559,7 +571,8 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
         pipeline = (*weights.denoiser_and_vae(), None)
         try:
             make_pictures(missing, pipeline, dict(zip(texts, features)), negative, sampling,
-                          image=image, strength=strength, say=tqdm.write if said else None)
+                          image=image, strength=strength, scale=scale,
+                          say=tqdm.write if said else None)
         except KeyboardInterrupt:
             made = sum(job.path.exists() for job in jobs)
             tqdm.write(f"stopped: {made} of {len(jobs)} pictures are there; the same command makes "
@@ -571,7 +584,7 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
         print(f"{len(jobs)} pictures in {out}, all of them in {sheets}")
 
 
-def make_pictures(jobs, pipeline, features, negative, sampling, image=None, strength=1.0,
+def make_pictures(jobs, pipeline, features, negative, sampling, image=None, strength=1.0, scale=1,
                   say=None):
     """Makes the pictures of jobs, and writes each batch when it is made.
 
@@ -590,7 +603,7 @@ def make_pictures(jobs, pipeline, features, negative, sampling, image=None, stre
         for job, picture in zip(few, pictures):
             if job.row is not None:
                 write_json_lines(metadata_of(job.path), [job.row])
-            job.path = save_new(picture, job.path, job.notes)
+            job.path = save_new(enlarged(picture, scale), job.path, job.notes)
             if say:
                 say(str(job.path))
 
@@ -663,6 +676,8 @@ def arguments(argv):
     add = parser.add_argument_group("out").add_argument
     add("--out", default="out", metavar="PATH", type=path, help="folder for the pictures (default: "
         "%(default)s), or a file: picture.png, .jpg or .webp (of several: picture-0.png, ...)")
+    add("--scale", type=positive, default=1, metavar="N", help="write each pixel N times across "
+        "and down, to see small pictures large (default: %(default)s)")
     add("--cache", default=default_cache(), metavar="DIR", type=path,
         help=f"folder for prompt features, {CACHE_BYTES >> 30} GiB at most; '' for none "
         "(default: %(default)s)")
@@ -697,8 +712,10 @@ def arguments(argv):
     require(args.lora or args.lora_strength is None, "--lora-strength is of a LoRA: add --lora")
     require(args.eval or not (args.per_task or args.style),
             "--per-task and --requests choose the scenes of --eval: add it")
-    require(not args.eval or not (args.negative or args.image or args.num > 1),
-            "--eval makes pictures of its own: leave out --negative, --image and --num")
+    others = args.negative or args.image or args.num > 1 or args.scale > 1
+    require(not args.eval or not others,
+            "--eval makes pictures of its own: leave out --negative, --image, --num and --scale")
+    require(args.scale <= 16, f"--scale {args.scale}: must be at most 16")
     return args
 
 
@@ -768,7 +785,7 @@ def main(argv=None):
     else:
         pictures_command(
             weights, sampling, out, requests, rows, num=args.num, negative=args.negative,
-            image=image, strength=strength, cache=args.cache,
+            image=image, strength=strength, scale=args.scale, cache=args.cache,
             make_reasoner=reasoner_of,
             endpoint_model=(args.model or "default") if args.endpoint else None)
 

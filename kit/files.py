@@ -220,13 +220,18 @@ def run_command(main):
 
 def replace_file(path, write):
     """Runs write(temporary path) beside `path`, then renames: a full disk or a kill leaves the
-    previous file whole."""
+    previous file whole. Who may read it, the umask says: what safetensors writes would be the
+    owner's alone."""
     path = Path(path)
     beside = Path(f"{path}.{os.getpid()}.new")
     with error_context(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            beside.touch()
+            usual = beside.stat().st_mode
             write(beside)
+            if beside.stat().st_mode != usual:
+                beside.chmod(usual)
             with open(beside, "rb+") as f:
                 os.fsync(f.fileno())
             os.replace(beside, path)

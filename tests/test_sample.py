@@ -573,8 +573,10 @@ def test_many_pictures_are_on_several_sheets_of_small_ones(nano, tmp_path, monke
     asks_for(nano, tmp_path, *THREE)
     sheets = sorted((tmp_path / "o").glob("sheet*.png"))
     assert [path.name for path in sheets] == ["sheet-1.png", "sheet-2.png"]
-    assert Image.open(sheets[0]).size == (32 + 4 + 32, 32)
-    assert Image.open(sheets[1]).size == (32, 32)
+    assert Image.open(sheets[0]).width == 32 + 4 + 32
+    assert Image.open(sheets[1]).width == 32
+    below = np.asarray(Image.open(sheets[0]))[32:]
+    assert (below[:, :32] < 128).any() and (below[:, 36:] < 128).any()        # both prompts
     assert f"all of them in {sheets[0]} {sheets[1]}" in capsys.readouterr().out
     asks_for(nano, tmp_path, *THREE, "--guidance", 3)             # a sheet is a picture, too
     assert len(list((tmp_path / "o").glob("sheet*.png"))) == 4
@@ -610,6 +612,18 @@ def test_out_may_be_a_file_with_its_story(ending, nano, tmp_path, capsys):
     with pytest.raises(LensError, match="is there already, with another seed: give another --out"):
         run_sample(*command, "--seed", 1)
     assert out.read_bytes() == content
+
+
+def test_small_pictures_are_written_large(nano, tmp_path):
+    command = [nano, tmp_path, "--prompt", "a star", "--out"]
+    asks_for(*command, tmp_path / "small.png")
+    asks_for(*command, tmp_path / "large.png", "--scale", 4)
+    small, large = (pixels(Image.open(tmp_path / name)) for name in ("small.png", "large.png"))
+    assert (large == small.repeat(4, 0).repeat(4, 1)).all()
+    assert read_notes(tmp_path / "large.png")["scale"] == "4"
+    assert "scale" not in read_notes(tmp_path / "small.png")
+    with pytest.raises(LensError, match="with another scale"):
+        asks_for(*command, tmp_path / "large.png", "--scale", 2)
 
 
 def test_several_pictures_of_a_file_name_are_numbered(nano, tmp_path):
@@ -712,12 +726,15 @@ def test_a_geneval_file_is_written_in_its_evaluators_folders(nano, tmp_path):
 
 def test_eval_ends_with_a_line_of_json(nano, tmp_path, capsys):
     run_sample("--weights", nano, "--eval", "--per-task", 4, "--out", tmp_path)
-    scores = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    said = capsys.readouterr().out.strip().splitlines()
+    scores = json.loads(said[-1])
     assert list(scores) == ["overall", *TASKS, "fidelity"]
     mean = sum(scores[task] for task in TASKS) / 6
     assert scores["overall"] == pytest.approx(mean, abs=1e-3)
     assert scores["fidelity"] > 0
-    assert (tmp_path / "eval.png").exists()
+    assert f"24 of the pictures are in {tmp_path / 'eval.png'}" in said[-2]
+    below = pixels(Image.open(tmp_path / "eval.png"))[64:]
+    assert (below[..., 0] - below[..., 1] > 100).any()            # a cross: random weights
 
 
 def test_eval_in_bf16_too(nano, tmp_path, capsys):
@@ -789,7 +806,9 @@ HAS_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
     (["--prompt", "x", "--requests", "brief"], "--eval: add it"),
     (["--prompt", "x", "--negative", "y", "--guidance", "1"], "--negative has no effect"),
     (["--eval", "--negative", "y"], "leave out --negative"),
-    (["--eval", "--num", "2"], "leave out --negative, --image and --num"),
+    (["--eval", "--num", "2"], "leave out --negative, --image, --num and --scale"),
+    (["--eval", "--scale", "2"], "leave out --negative, --image, --num and --scale"),
+    (["--prompt", "x", "--scale", "99"], "--scale 99: must be at most 16"),
     (["--eval", "--image", "{bad}/blank.txt"], "leave out --negative, --image"),
     (["--eval", "--prompts-file", "{bad}/blank.txt"], "give one of"),
     (["--prompt", "k\udcfchn"], "--prompt: must be text in UTF-8"),

@@ -1,12 +1,15 @@
 """What people type: options that are none, words without quotation marks, numbers that are none;
 and what they are told then."""
+import os
+
 import pytest
+import torch
 from conftest import error_line
 
 import data
 import sample
 import train
-from kit.files import quoted
+from kit.files import quoted, write_safetensors, write_text
 
 LONG_DASH = "\u2013"
 
@@ -39,6 +42,19 @@ LONG_DASH = "\u2013"
 ])
 def test_what_is_typed_wrong_is_answered_with_what_was_meant(main, typed, said, capsys):
     assert said in error_line(main, typed.split("|"), capsys)
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_colleague_may_read_what_the_umask_lets_him(mask, mode, tmp_path):
+    """safetensors' own writer lets nobody but the owner."""
+    before = os.umask(mask)
+    try:
+        write_safetensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+        write_text(tmp_path / "a.txt", "x")
+    finally:
+        os.umask(before)
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o777 == mode
 
 
 def test_a_word_is_quoted_as_one_types_it():
