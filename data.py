@@ -43,6 +43,7 @@ from kit.files import (
     LensError,
     Parser,
     check_writable,
+    did_you_mean,
     error_context,
     file_hash,
     finite_number,
@@ -404,8 +405,9 @@ class Shards:
             rows += [(number, *row) for row in its_rows]
             faults.update(its_faults)
         self.faults = +faults                      # without zeros
+        require(self.paths, f"--data {pattern}: no file matches{did_you_mean(str(pattern))}")
         require(rows, f"--data {pattern}: no usable sample in {len(self.paths)} files "
-                      f"({dict(self.faults) or 'none match'})")
+                      f"({dict(self.faults)})")
 
         self.rows = np.array(rows, COLUMNS)
         self.buckets = choose_buckets(self.rows["height"], self.rows["width"], self.sizes)
@@ -834,7 +836,7 @@ def main(argv=None):
 
     out = Path(os.path.expanduser(args.out or DEFAULT_OUT[args.command]))
     if args.command == "pack":
-        require(args.images, "pack needs --images")
+        require(args.images, "pack needs --images DIR, the folder of your pictures")
         limits = dict(LIMITS)
         for name, value in args.limit:
             limits[name] = limits[name]._replace(value=value)
@@ -844,7 +846,7 @@ def main(argv=None):
         pack(args.images, out, limits, dict(args.classifier), endpoint=endpoint,
              min_words=args.min_words, shard_mb=args.shard_mb)
     else:
-        require(args.data, f"{args.command} needs --data")
+        require(args.data, f"{args.command} needs --data, say --data 'shards/*.tar'")
         if args.command == "stats":
             sizes = [size for area in AREAS for size in buckets(area)]
             stats(args.data, args.bases or sizes, out)

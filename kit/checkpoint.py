@@ -29,6 +29,7 @@ import torch
 
 from kit.files import (
     LensError,
+    did_you_mean,
     error_context,
     file_hash,
     first_few,
@@ -89,7 +90,7 @@ def local_path(name):
     if (ROOT / path).exists():
         elsewhere = f"; there is {ROOT / path}"
     require(may_be_hub_id(name), f"no weights at {name}: it is neither a local folder nor a hub id "
-            f"like owner/name{elsewhere}")
+            f"like owner/name{elsewhere or did_you_mean(path)}")
     return None
 
 

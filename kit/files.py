@@ -46,7 +46,22 @@ def error_context(doing):
         text = str(e).strip() or type(e).__name__
         if isinstance(e, KeyError):                # says no more than the name
             text = f"{text} is missing"
+        elif isinstance(e, OSError) and e.strerror and str(e.filename) in doing:
+            text = e.strerror.lower()              # without its number, and the name once more
+            if isinstance(e, FileNotFoundError):
+                text += did_you_mean(e.filename)
         raise LensError(f"{doing}: {text.splitlines()[0]}") from e
+
+
+def did_you_mean(path):
+    """"; did you mean photo.png?" where a file beside `path` has nearly its name, else ""."""
+    path = Path(path)
+    with contextlib.suppress(OSError):
+        names = [other.name for other in path.parent.iterdir()]
+        near = difflib.get_close_matches(path.name, names, n=1)
+        if near:
+            return f"; did you mean {path.with_name(near[0])}?"
+    return ""
 
 
 def first_few(names, count=4):

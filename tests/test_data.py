@@ -799,7 +799,7 @@ def test_statistics_are_shown_of_pictures_and_of_latents(tmp_path, capsys):
     (["pack", "--images", ".", "--classifier", "nsfw"], "NAME=MODEL:LABEL"),
     (["pack", "--images", ".", "--classifier", "beauty=model:pretty"], "one of nsfw, aesthetic"),
     (["stats"], "needs --data"),
-    (["stats", "--data", "/nowhere/*.tar"], "no usable sample"),
+    (["stats", "--data", "/nowhere/*.tar"], "no file matches"),
     (["stats", "--data", "/nowhere/*.tar", "--bases", "big"], "--bases"),
     (["cache"], "needs --data"),
     (["world"], "invalid choice"),

@@ -45,6 +45,29 @@ def test_what_is_typed_wrong_is_answered_with_what_was_meant(main, typed, said, 
     assert said in error_line(main, typed.split("|"), capsys)
 
 
+@pytest.mark.parametrize("main, typed, said", [
+    (sample.main, "--prompt|a|--image|{here}/foto.png",
+     "--image {here}/foto.png: no such file or directory; did you mean {here}/photo.png?"),
+    (sample.main, "--prompts-file|{here}/prompt.txt", "did you mean {here}/prompts.txt?"),
+    (sample.main, "--prompt|a|--image|{here}", "cannot read --image {here}: is a directory"),
+    (sample.main, "--prompt|a|--weights|{here}/toi", "did you mean {here}/toy?"),
+    (data.main, "stats|--data|{here}/shard", "no file matches; did you mean {here}/shards?"),
+    (data.main, "stats|--data|{here}/nothing/*.tar", "nothing/*.tar: no file matches"),
+    (data.main, "stats|--data|{here}/shards",
+     "`python data.py pack --images {here}/shards --out shards`"),
+])
+def test_a_path_that_is_typed_wrong_is_answered_with_its_neighbour(main, typed, said, tmp_path,
+                                                                   capsys):
+    for name in ("photo.png", "prompts.txt"):
+        (tmp_path / name).touch()
+    for name in ("toy", "shards"):
+        (tmp_path / name).mkdir()
+    words = typed.replace("{here}", str(tmp_path)).split("|")
+    line = error_line(main, words, capsys)
+    assert said.replace("{here}", str(tmp_path)) in line
+    assert "Errno" not in line
+
+
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_a_colleague_may_read_what_the_umask_lets_him(mask, mode, tmp_path):
     """safetensors' own writer lets nobody but the owner."""
