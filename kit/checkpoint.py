@@ -21,6 +21,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -503,6 +504,7 @@ def load_transformer(path, device="cpu", dtype=None, config=None):
     """
     path = fetch(path, ("transformer",))
     files, stored_config = locate(path, "transformer")
+    announce("the denoiser", files)
     tensors, scales = read_index(files, stored_config)
     if config is None:
         if stored_config and "num_layers" in stored_config:
@@ -557,6 +559,16 @@ def config_from_shapes(file, shapes):
     )
 
 
+LARGE = 2**30                # bytes: what is larger is announced before it is read
+
+
+def announce(what, files):
+    """Says that a large part is read, which may take minutes."""
+    size = sum(Path(file).stat().st_size for file in files)
+    if size > LARGE:
+        print(f"reading {what}, {size / 2**30:.1f} GB", file=sys.stderr)
+
+
 def load_vae(path, device="cpu", dtype=None):
     """The autoencoder, from a pipeline's folder, its `vae` folder, or a single file. Where a file
     does not say its size, it is FLUX.2's. [checkpoint]"""
@@ -591,6 +603,7 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE):
                    use_safetensors=True)
     if config.get("quantization_config", {}).get("quant_method") == "mxfp4":
         options.update(mxfp4_options(device))
+    announce("the text encoder", folder.glob("*.safetensors"))
     with error_context(f"cannot load the text encoder from {folder}"):
         model, info = model_class.from_pretrained(str(folder), **options)
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(
