@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -42,13 +43,14 @@ from kit.files import (
     LensError,
     Parser,
     check_writable,
+    did_you_mean,
     error_context,
     file_hash,
+    finite_number,
     first_few,
-    lines_of,
-    one_form,
     positive,
-    read_text,
+    quoted,
+    read_prompts,
     replace_file,
     require,
     run_command,
@@ -68,6 +70,8 @@ from kit.places import vae_identity
 from kit.run import make_loader
 from kit.tars import Part, fill_tar, find_files, read, tar_parts
 from kit.tars import words_of as captions_and_notes
+
+TOY = Path(__file__).resolve().parent / "weights" / "toy"
 
 # --- Sizes ----------------------------------------------------------------------------------------
 # A bucket is one (height, width). A batch holds one bucket: no picture is padded to another's size.
@@ -129,6 +133,29 @@ def sides_near(side):
 def buckets(base):
     """The sizes of an area: nine, or fewer where small ones coincide."""
     return sorted({bucket(base, ratio) for ratio in RATIOS})
+
+
+def sorted_by_area(sizes):
+    return sorted(sizes, key=lambda size: size[0] * size[1])
+
+
+# Areas of a training at several sizes: the released model's [paper], and the toy's [ours].
+AREAS = (512, 768, 1024)
+TOY_AREAS = (64, 96, 128)
+
+
+def usual_sizes(vae):
+    """[(height, width)] of the model that an autoencoder belongs to; the toy's has few channels."""
+    areas = AREAS if vae.config["latent_channels"] >= 32 else TOY_AREAS
+    return [size for area in areas for size in buckets(area)]
+
+
+def bases_of(sizes):
+    """What --bases must be for these sizes: every area has one square."""
+    if len(sizes) == 1:
+        height, width = sizes[0]
+        return f"{width}x{height}"
+    return ",".join(str(height) for height, width in sizes if height == width)
 
 
 def choose_buckets(height, width, sizes):
@@ -366,7 +393,7 @@ class Shards:
 
     def __init__(self, pattern, sizes, seed=0, vae_hash=None):
         self.paths = find_files(pattern)
-        self.sizes = sorted(sizes, key=lambda size: size[0] * size[1])
+        self.sizes = sorted_by_area(sizes)
         self.seed = seed
         self.vae_hash = vae_hash
 
@@ -379,8 +406,9 @@ class Shards:
             rows += [(number, *row) for row in its_rows]
             faults.update(its_faults)
         self.faults = +faults                      # without zeros
+        require(self.paths, f"--data {pattern}: no file matches{did_you_mean(str(pattern))}")
         require(rows, f"--data {pattern}: no usable sample in {len(self.paths)} files "
-                      f"({dict(self.faults) or 'none match'})")
+                      f"({dict(self.faults)})")
 
         self.rows = np.array(rows, COLUMNS)
         self.buckets = choose_buckets(self.rows["height"], self.rows["width"], self.sizes)
@@ -415,14 +443,24 @@ class Shards:
         if latent_of is None:
             pixels = np.asarray(read_picture(blob, size, where=rng.random(2)))
         else:
-            require(self.vae_hash is None or latent_of == [self.vae_hash, *size],
-                    f"{self.file_name(i)} holds latents of another autoencoder or bucket: "
-                    "run `data.py cache` again")
+            self.check_latent(i, latent_of, size)
             pixels = np.frombuffer(blob, np.uint8)
 
         if not captions:
             raise Fault("no caption")
         return pixels, captions[rng.integers(len(captions))]
+
+    def check_latent(self, i, made_for, size):
+        """LensError where a latent is of another autoencoder or bucket. made_for: [vae_hash,
+        height, width] of its notes."""
+        if self.vae_hash is None or made_for == [self.vae_hash, *size]:
+            return
+        require(isinstance(made_for, list) and made_for[:1] == [self.vae_hash],
+                f"{self.file_name(i)} holds latents of another autoencoder: make them again, by "
+                "data.py cache with the --weights that training has as --parts")
+        raise LensError(f"{self.file_name(i)} holds latents of other sizes than this training "
+                        "takes: make them again, by data.py cache with "
+                        f"--bases {bases_of(self.sizes)}")
 
     def next_in_bucket(self, i):
         """The first sample of its bucket after i; after the last, the bucket's first."""
@@ -534,7 +572,7 @@ class CaptionSource:
     """A Source of captions alone, one a line of a file; the sizes take turns."""
 
     def __init__(self, path, sizes, encoder):
-        self.captions = read_captions(path)
+        self.captions, _ = read_prompts(path)
         self.encoder = encoder
         self.sizes = list(sizes)
         self.buckets = np.arange(len(self.captions)) % len(self.sizes)
@@ -555,28 +593,19 @@ class CaptionSource:
             yield Batch(samples, epoch, grid_of(self.sizes[bucket]), text, mask)
 
 
-def read_captions(path):
-    """[str] of a file: plain lines, or JSON lines (.json, .jsonl) with a `prompt` field each."""
-    lines = lines_of(read_text(path))
-    if str(path).endswith((".json", ".jsonl")):
-        with error_context(f"cannot read captions from {path}"):
-            lines = [json.loads(line)["prompt"] for line in lines]
-    require(lines, f"{path}: no captions in the file")
-    require(all(isinstance(line, str) and line.strip() for line in lines),
-            f"{path}: an empty caption in the file")
-    return [one_form(line) for line in lines]
-
-
 # --- Caching: pictures encoded once ---------------------------------------------------------------
 
 def cache(pattern, sizes, weights, out):
     """Shards again, each picture as the tokens of its centre crop, for sets small enough to keep.
+
+    sizes   of the buckets; None: those of the model that the autoencoder belongs to
     What is there already of the same tar, buckets and autoencoder is kept. Pictures that cannot be
-    read are named on stderr, counted, and left out."""
+    read are named on stderr, counted, and left out.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     vae_hash = vae_identity(weights)
     _, vae, _ = load_pipeline(weights, device, torch.float32, parts=("vae",))
-    shards = Shards(pattern, sizes)
+    shards = Shards(pattern, sizes or usual_sizes(vae))
     folders = {Path(path).resolve().parent for path in shards.paths}
     require(Path(out).resolve() not in folders,
             f"--out {out}: there the pictures are, which would be written over; give another")
@@ -591,26 +620,43 @@ def cache(pattern, sizes, weights, out):
 
     fresh = 0
     faults = []
-    for number, path in enumerate(tqdm(shards.paths, "caching", unit="shard")):
-        target = Path(out) / Path(path).name
-        # What the latents depend on. Sizes as lists, as JSON gives them back.
-        key = [file_hash(path), vae_hash, *map(list, shards.sizes), "centre, colours of sRGB"]
-        if cached_key(target) == key:
-            fresh += 1
-            continue
+    with tqdm(total=len(shards.rows), desc="encoding", unit="picture") as bar:
+        for number, path in enumerate(shards.paths):
+            target = Path(out) / Path(path).name
+            # What the latents depend on. Sizes as lists, as JSON gives them back.
+            key = [file_hash(path), vae_hash, *map(list, shards.sizes), "centre, colours of sRGB"]
+            members = np.flatnonzero(shards.rows["shard"] == number)
+            if cached_key(target) == key:
+                fresh += 1
+                bar.update(len(members))
+                continue
 
-        members = np.flatnonzero(shards.rows["shard"] == number)
-        latents = encoded(shards, members, vae, device, vae_hash, key, faults)
-        numbered = enumerate(latents)              # the numbers are the names in the tar
-        write = functools.partial(fill_tar, samples=numbered)
-        replace_file(target, write)                # calls write(path beside the target)
+            latents = encoded(shards, members, vae, device, vae_hash, key, faults, bar)
+            numbered = enumerate(latents)          # the numbers are the names in the tar
+            write = functools.partial(fill_tar, samples=numbered)
+            replace_file(target, write)            # calls write(path beside the target)
 
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
-    print(f"{out}: {fresh} of {len(shards.paths)} shards were fresh, the others are written; "
+    tars = [Path(out) / name for name in names]
+    count = sum(len(index(tar)[0]) for tar in tars)
+    size = sum(tar.stat().st_size for tar in tars) / 2**20
+    print(f"{out}: latents of {count} pictures in {len(tars)} tars, {size:,.1f} MB; "
+          f"{len(tars) - fresh} tars were encoded now, {fresh} were there already; "
           f"{len(faults)} pictures could not be read")
-    print(f"next: python train.py --data '{out}/*.tar' (the rest as in README.md, Your own "
-          "pictures), with the same autoencoder")
+    if shards.sizes == sorted_by_area(usual_sizes(vae)):
+        name = "toy" if vae.config["latent_channels"] < 32 else "full"
+        print(f"next: {training_command(f'{out}/*.tar', name, weights)}")
+    else:
+        print("next: training in a stage of the same areas (README.md, Your own pictures)")
+
+
+def training_command(pattern, size, weights):
+    """A command that trains on shards, starting from the weights whose autoencoder is used."""
+    weights = quoted(os.path.relpath(weights) if os.path.exists(weights) else weights)
+    command = (f"python train.py --data {quoted(pattern)} --size {size} --stage 2 "
+               f"--parts {weights} --init {weights} --out runs/mine")
+    return command if size == "toy" else command + " --lora 16"
 
 
 def cached_key(path):
@@ -622,14 +668,16 @@ def cached_key(path):
     return None
 
 
-def encoded(shards, members, vae, device, vae_hash, key, faults):
+def encoded(shards, members, vae, device, vae_hash, key, faults, bar):
     """Yields (bytes, ending, notes) of those samples, as `fill_tar` takes them, bucket by bucket.
-    `faults` gets a line for each that cannot be read."""
+    `faults` gets a line for each that cannot be read; the bar counts all."""
     for b in np.unique(shards.buckets[members]):
         height, width = size = shards.sizes[b]
         of_bucket = members[shards.buckets[members] == b]
         for begin in range(0, len(of_bucket), 16):
-            readable = read_centres(shards, of_bucket[begin:begin + 16], size, faults)
+            some = of_bucket[begin:begin + 16]
+            readable = read_centres(shards, some, size, faults)
+            bar.update(len(some))
             if not readable:
                 continue
 
@@ -689,8 +737,9 @@ def stats(pattern, sizes, out):
         print(fault)
     save_png(contact_sheet(shown, columns=6), out)
     what = f"{len(shown)} of the pictures as training sees them" if shown else "empty, of latents"
-    print(f"{out}: {what}\nnext: python train.py --data '{pattern}' (the rest as in README.md, "
-          "Your own pictures)")
+    print(f"{out}: {what}")
+    print("next, on a laptop (the released model: README.md, Your own pictures): "
+          f"{training_command(pattern, 'toy', TOY)}")
 
 
 def thumbnail(pixels):
@@ -708,7 +757,7 @@ def limit_option(text):
     name, _, value = text.partition("=")
     if name not in LIMITS:
         raise argparse.ArgumentTypeError(f"{name}: the limits are {', '.join(LIMITS)}")
-    return name, float(value)
+    return name, finite_number(value)
 
 
 def classifier_option(text):
@@ -722,8 +771,15 @@ def classifier_option(text):
 
 
 def bases_option(text):
-    """"64,96" -> the sizes of both areas, an argparse type."""
-    return [size for base in text.split(",") for size in buckets(positive(base))]
+    """"64,96" -> the sizes of both areas; "64x64" is that size alone. An argparse type."""
+    sizes = []
+    for base in text.split(","):
+        one_size = re.fullmatch(r"(\d+)x(\d+)", base)
+        if one_size:
+            sizes.append((positive(one_size[2]), positive(one_size[1])))
+        else:
+            sizes += buckets(positive(base))
+    return sizes
 
 
 def build_parser():
@@ -748,22 +804,23 @@ def build_parser():
     of_pack.add_argument("--endpoint", metavar="URL",
                          help="OpenAI-compatible, up to and with /v1; writes captions that are "
                               "missing or brief; its key is read from LENS_API_KEY")
-    of_pack.add_argument("--model", default="default", help="the endpoint's model")
+    of_pack.add_argument("--model", default="default",
+                         help="the endpoint's model (default: %(default)s)")
     of_pack.add_argument("--min-words", type=positive, default=1, metavar="N",
-                         help="a shorter caption is brief (the paper's have about 109)")
+                         help="a shorter caption is brief (default: %(default)s; the paper's have "
+                              "about 109)")
     of_pack.add_argument("--shard-mb", type=positive, default=256, metavar="N",
-                         help="size of a tar (default %(default)s)")
+                         help="size of a tar (default: %(default)s)")
 
     of_others = parser.add_argument_group("stats, cache")
     of_others.add_argument("--data", metavar="GLOB",
                            help="the shards, say 'shards/*.tar', or their folder")
-    # argparse gives a default that is text to the type, as it does with what the user types.
-    of_others.add_argument("--bases", type=bases_option, default="512,768,1024", metavar="N,N",
-                           help="areas of the buckets: those of the stage that you will train "
-                                "(default %(default)s, as train.py --size full --stage 2; "
-                                "the toy's are 64,96,128)")
-    of_others.add_argument("--weights", metavar="DIR_OR_REPO",
-                           default=str(Path(__file__).resolve().parent / "weights" / "toy"),
+    of_others.add_argument("--bases", type=bases_option, metavar="N,N",
+                           help="areas of the buckets: those of the stage that you will train; "
+                                "64x64 is one size alone (default: 512,768,1024, as train.py "
+                                "--size full --stage 2; of cache with the toy's autoencoder "
+                                "64,96,128, as --size toy --stage 2)")
+    of_others.add_argument("--weights", metavar="DIR_OR_REPO", default=str(TOY),
                            help="cache: whose autoencoder (default: the toy's)")
     return parser
 
@@ -778,9 +835,9 @@ def main(argv=None):
         parser.print_help()
         return
 
-    out = Path(args.out or DEFAULT_OUT[args.command])
+    out = Path(os.path.expanduser(args.out or DEFAULT_OUT[args.command]))
     if args.command == "pack":
-        require(args.images, "pack needs --images")
+        require(args.images, "pack needs --images DIR, the folder of your pictures")
         limits = dict(LIMITS)
         for name, value in args.limit:
             limits[name] = limits[name]._replace(value=value)
@@ -790,9 +847,10 @@ def main(argv=None):
         pack(args.images, out, limits, dict(args.classifier), endpoint=endpoint,
              min_words=args.min_words, shard_mb=args.shard_mb)
     else:
-        require(args.data, f"{args.command} needs --data")
+        require(args.data, f"{args.command} needs --data, say --data 'shards/*.tar'")
         if args.command == "stats":
-            stats(args.data, args.bases, out)
+            sizes = [size for area in AREAS for size in buckets(area)]
+            stats(args.data, args.bases or sizes, out)
         else:
             cache(args.data, args.bases, args.weights, out)
 

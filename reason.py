@@ -27,6 +27,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import lens
 from kit.chat import NoAnswer, clean, parse_json
@@ -148,7 +149,8 @@ def encoder_writes(encoder, system, requests, seed, trial):
         members_by_length[len(row)].append(i)
 
     answers = {}
-    for length, members in members_by_length.items():
+    bar = tqdm(members_by_length.items(), "rewriting", unit="batch", leave=False)
+    for length, members in bar:
         processors = []
         if trial > 0:
             processors.append(GumbelNoise([f"{seed} {trial} {requests[i]}" for i in members]))

@@ -12,7 +12,7 @@ Assumes:     weights in a layout that kit/checkpoint.py reads. Without --weights
     python sample.py --prompt "..." --weights DIR_OR_REPO --base 1440    # the released model, or
     python sample.py --prompt "..." --weights lens_bf16.safetensors --vae flux2-vae.safetensors \
         --text-encoder openai/gpt-oss-20b                                # its parts, one by one
-    python sample.py --prompt "a couple of crimson discs" --reason       # a model rewrites it first
+    python sample.py --prompt "a trio of golden hoops" --reason          # a model rewrites it first
     python sample.py --eval                                              # the six tasks of the toy
 
 The sampler is `denoise`: Euler's method, and under guidance two velocities a step, with the prompt
@@ -24,6 +24,8 @@ where it was stopped.
 import functools
 import hashlib
 import json
+import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -43,9 +45,8 @@ from kit.files import (
     Parser,
     check_writable,
     error_context,
-    lines_of,
-    one_form,
     positive,
+    read_prompts,
     read_text,
     require,
     run_command,
@@ -57,13 +58,14 @@ from kit.fp8 import to_fp8
 from kit.images import (
     contact_sheet,
     cover,
+    enlarged,
     from_pil,
     read_picture,
     to_pil,
     to_rgb,
 )
 from kit.lora import lora_file, merge_lora
-from kit.outputs import metadata_of, names_a_picture, plan_jobs, save_new, save_sheets, words_of
+from kit.outputs import metadata_of, names_a_picture, plan_jobs, save_new, save_sheets
 from kit.places import (
     PARTS,
     Places,
@@ -76,11 +78,11 @@ from kit.places import (
     identity,
     locate,
     read_metadata,
+    settings_of_adapter,
 )
 from kit.run import compile_blocks, pick_attention, pick_device, pick_dtype, use_attention
 from toy import language
-from toy.checker import held_out, round_trip, score, token_diversity
-from toy.world import TASKS
+from toy.checker import first_failures, held_out_rows, round_trip, score, token_diversity
 
 TOY = Path(__file__).resolve().parent / "weights" / "toy"
 STEPS = 20               # [checkpoint] where weights do not say otherwise
@@ -225,9 +227,7 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
         features = encoder.encode_each(prompts + [negative])
     *features, negative_features = features
 
-    start = 0
-    if images:
-        start = steps - max(1, round(steps * strength))
+    start = first_step(steps, strength) if images else 0
     batches = batches_of_one_length(features, batch_size)
     bar = tqdm(total=len(batches) * (steps - start), desc="denoise", unit="step",
                disable=not progress, leave=False)
@@ -258,6 +258,11 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
             pictures[i] = picture
     bar.close()
     return pictures
+
+
+def first_step(steps, strength):
+    """Where the last `strength` of the steps begins: at least one of them is run."""
+    return steps - max(1, round(steps * strength))
 
 
 def picture_noise(seed, grid, channels):
@@ -321,7 +326,7 @@ def evaluate(pipeline, height, width, steps, guidance, per_task=50, seed=0, styl
     rewrite    [prompt] -> [prompt], the reasoner
     diversity  adds `diversity`, see `measure_diversity`
     """
-    rows = [row for task in TASKS for row in held_out(task, per_task, height, width, style)]
+    rows = held_out_rows(per_task, height, width, style)
     prompts = [row.prompt for row in rows]
     asked = rewrite(prompts) if rewrite else prompts
     pictures = generate(asked, pipeline, seed=seed, height=height, width=width, steps=steps,
@@ -340,7 +345,7 @@ def measure_diversity(pipeline, height, width, steps, guidance):
     transformer, _, encoder = pipeline
     device, channels = transformer.proj_out.weight.device, transformer.config.in_channels
     grid = data.grid_of((height, width))
-    prompts = [row.prompt for task in TASKS for row in held_out(task, 2, height, width)]
+    prompts = [row.prompt for row in held_out_rows(2, height, width)]
     noise = torch.cat([picture_noise(seed, grid, channels) for seed in range(4)]).to(device)
     distances = []
     for own in encoder.encode_each(prompts):
@@ -374,30 +379,13 @@ def pick_size(height, width, aspect, base):
     return height, width
 
 
-def read_prompts(path):
-    """Prompts of a file: plain lines, or JSON lines with a `prompt` field, as GenEval's.
-    -> (prompts, [the whole row of each] or None)."""
-    lines = lines_of(read_text(path))
-    rows = None
-    if str(path).endswith((".jsonl", ".json")):
-        with error_context(f"cannot read prompts from {path}"):
-            rows = [json.loads(line) for line in lines]
-            lines = [row["prompt"] for row in rows]
-    usable = all(isinstance(line, str) and line.strip() for line in lines)
-    require(lines and usable, f"{path}: no prompts, or an empty one, in the file")
-    return [one_form(line) for line in lines], rows
-
-
-def strange_words(prompts, notes):
-    """-> (words of the prompts that the model never saw in training, all words that it saw). Both
-    are empty where the notes of its weights list no words; the toy's do."""
-    known = set(json.loads(notes.get("words", "[]")))
-    if not known:
-        return [], known
-    used = set()
-    for prompt in prompts:
-        used.update(words_of(prompt))
-    return sorted(used - known), known
+def warn_of_size(height, width, home):
+    """Where a picture is far from the weights' home size, `home` pixels a side. The toy's pictures
+    of 96 to 192 pixels are as good as those of 128; at 256 one of six is right, at 48 none."""
+    if not home / 2 <= math.sqrt(height * width) <= 1.5 * home:
+        print(f"warning: these weights draw {home} x {home} pixels; of {width} x {height} expect "
+              f"noise, or objects that are cut or repeated (--base {home} is the usual size)",
+              file=sys.stderr)
 
 
 def make_reasoner(notes, encoder=None, system_prompt=None, endpoint=None, model="default",
@@ -499,7 +487,8 @@ class Sampling:
 
 
 def evaluate_command(weights, sampling, out, per_task, style, make_reasoner=None):
-    """--eval: the table of the six tasks, a contact sheet; the last line is JSON.
+    """--eval: the table of the six tasks, a contact sheet with ticks and crosses; the last line is
+    JSON.
 
     make_reasoner   text encoder -> reason.Reasoner; None: prompts stay as they are
     """
@@ -520,30 +509,43 @@ def evaluate_command(weights, sampling, out, per_task, style, make_reasoner=None
     seconds = time.perf_counter() - begin
 
     how = f"{style} prompts a task" + (", rewritten" if rewrite else "")
-    about_eight_a_task = pictures[::max(1, per_task // 8)]
+    about_eight_a_task = slice(None, None, max(1, per_task // 8))
+    shown = pictures[about_eight_a_task]
+    rows = held_out_rows(per_task, sampling.height, sampling.width, style)[about_eight_a_task]
+    failures = first_failures(shown, rows)
+    below = [f"not so: {failure}" if failure else row.prompt
+             for failure, row in zip(failures, rows)]
+    sheet = contact_sheet(shown, 12, captions=below, right=[not failure for failure in failures])
     notes = {"prompts": f"{per_task} held-out {how}", "seed": sampling.seed,
              "score": json.dumps(scores), **sampling.notes(), **weights.notes()}
-    sheet = save_new(contact_sheet(about_eight_a_task, columns=12), out / "eval.png", notes)
-    print(f"\n{'task':14} score   ({notes['prompts']}, {seconds:.0f} s, pictures in {sheet})")
+    path = save_new(sheet, out / "eval.png", notes)
+    print(f"\n{'task':14} score   ({notes['prompts']}, {seconds:.0f} s)")
     for name, value in scores.items():
         print(f"{name:14} {value:.3f}")
+    print(f"{len(shown)} of the pictures are in {path}, each with its prompt, or with the first "
+          "fact that does not hold")
     print(json.dumps(scores))
 
 
 def pictures_command(weights, sampling, out, requests, rows=None, num=1, negative="", image=None,
-                     strength=STRENGTH, cache="", make_reasoner=None, endpoint_model=None):
+                     strength=STRENGTH, scale=1, cache="", make_reasoner=None, endpoint_model=None):
     """Pictures of `requests`, `num` each, as files. What is there already, made from the same, is
     not made again.
 
     out             their folder; or a file, see `names_a_picture`
     requests        prompts as the user gave them;  rows: GenEval's metadata, one for each, or None
     make_reasoner   text encoder or None -> reason.Reasoner; None: requests are the prompts
+    scale           each pixel is written so many times across and down
     endpoint_model  the model that rewrites at an endpoint; None: the text encoder rewrites
     """
+    known = set(json.loads(read_metadata(weights.places.transformer).get("words", "[]")))
+    requests, changes = language.respelled(requests, known)
     prompts, encoder = requests, None
     common = {"negative": negative, **sampling.notes(), **weights.notes()}
     if image:
         common |= {"image": hashlib.sha256(image.tobytes()).hexdigest()[:16], "strength": strength}
+    if scale > 1:
+        common |= {"scale": scale}
     if make_reasoner:
         if endpoint_model is None:
             encoder = weights.text_encoder()
@@ -555,11 +557,8 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
             print(f"{request!r} -> {prompt!r}")
         del reasoner
 
-    strange, known = strange_words(prompts, read_metadata(weights.places.transformer))
-    if strange:
-        plural = "s" if len(strange) > 1 else ""
-        print(f"note: this model never saw the word{plural} {', '.join(strange)}. "
-              f"It knows: {', '.join(sorted(known))}", file=sys.stderr)
+    for remark in changes + language.remarks(prompts, known, rewritten=bool(make_reasoner)):
+        print(f"note: {remark}", file=sys.stderr)
 
     jobs = plan_jobs(out, requests, prompts, rows, num, sampling.seed, common)
     missing = [job for job in jobs if not job.path.exists()]
@@ -579,7 +578,8 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
         pipeline = (*weights.denoiser_and_vae(), None)
         try:
             make_pictures(missing, pipeline, dict(zip(texts, features)), negative, sampling,
-                          image=image, strength=strength, say=tqdm.write if said else None)
+                          image=image, strength=strength, scale=scale,
+                          say=tqdm.write if said else None)
         except KeyboardInterrupt:
             made = sum(job.path.exists() for job in jobs)
             tqdm.write(f"stopped: {made} of {len(jobs)} pictures are there; the same command makes "
@@ -591,7 +591,7 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
         print(f"{len(jobs)} pictures in {out}, all of them in {sheets}")
 
 
-def make_pictures(jobs, pipeline, features, negative, sampling, image=None, strength=1.0,
+def make_pictures(jobs, pipeline, features, negative, sampling, image=None, strength=1.0, scale=1,
                   say=None):
     """Makes the pictures of jobs, and writes each batch when it is made.
 
@@ -610,7 +610,7 @@ def make_pictures(jobs, pipeline, features, negative, sampling, image=None, stre
         for job, picture in zip(few, pictures):
             if job.row is not None:
                 write_json_lines(metadata_of(job.path), [job.row])
-            job.path = save_new(picture, job.path, job.notes)
+            job.path = save_new(enlarged(picture, scale), job.path, job.notes)
             if say:
                 say(str(job.path))
 
@@ -620,23 +620,25 @@ def open_start(path):
     if not path:
         return None
     with error_context(f"cannot read --image {path}"):
-        return read_picture(Path(path).expanduser().read_bytes())
+        return read_picture(Path(path).read_bytes())
 
 
 def arguments(argv):
-    parser = Parser("Make pictures from prompts, or score a model on the toy world.", __doc__)
+    parser = Parser("Make pictures from prompts, or score a model on the toy world.", __doc__,
+                    bare="python sample.py --prompt")
+    path = os.path.expanduser                      # a shell leaves a quoted ~ as it is
     add = parser.add_argument_group("what to make").add_argument
     add("--prompt", action="append", type=utf8_text,
         help="what the picture shows; may be given more than once")
-    add("--prompts-file", metavar="FILE", help="one prompt a line. Of a .jsonl file, GenEval's: "
-        "pictures go into the folders that its evaluator reads")
+    add("--prompts-file", metavar="FILE", type=path, help="one prompt a line. Of a .jsonl file, "
+        "GenEval's: pictures go into the folders that its evaluator reads")
     add("--negative", default="", type=utf8_text,
         help="what it should not show, under guidance; empty: no text at all")
     add("--seed", type=seed_number, default=0,
-        help="of the first picture; the next have seed + 1, ...")
-    add("--num", type=positive, default=1, help="pictures a prompt")
-    add("--image", metavar="FILE", help="a picture to start from; its middle is taken where "
-        "its proportions are not those asked for")
+        help="of the first picture; the next have seed + 1, ... (default: %(default)s)")
+    add("--num", type=positive, default=1, help="pictures a prompt (default: %(default)s)")
+    add("--image", metavar="FILE", type=path, help="a picture to start from; its middle is taken "
+        "where its proportions are not those asked for")
     add("--strength", type=float,
         help=f"how much of --image is redrawn, above 0 to 1 (default: {STRENGTH})")
 
@@ -673,16 +675,18 @@ def arguments(argv):
     add = parser.add_argument_group("the reasoner").add_argument
     add("--reason", action="store_true",
         help="rewrite each prompt into a dense one first, as the captions in training were")
-    add("--system-prompt", metavar="FILE", help="what the reasoner is told (default: the project's "
-        "own words; rl.py --search finds others)")
+    add("--system-prompt", metavar="FILE", type=path, help="what the reasoner is told (default: "
+        "the project's own words; rl.py --search finds others)")
     add("--endpoint", metavar="URL", help="OpenAI-compatible, up to and with /v1 (default: the "
         "text encoder writes); its key is read from LENS_API_KEY")
     add("--model", help="the endpoint's model")
 
     add = parser.add_argument_group("out").add_argument
-    add("--out", default="out", metavar="PATH", help="folder for the pictures, or a file: "
-        "picture.png, .jpg or .webp (of several: picture-0.png, picture-1.png, ...)")
-    add("--cache", default=default_cache(), metavar="DIR",
+    add("--out", default="out", metavar="PATH", type=path, help="folder for the pictures (default: "
+        "%(default)s), or a file: picture.png, .jpg or .webp (of several: picture-0.png, ...)")
+    add("--scale", type=positive, default=1, metavar="N", help="write each pixel N times across "
+        "and down, to see small pictures large (default: %(default)s)")
+    add("--cache", default=default_cache(), metavar="DIR", type=path,
         help=f"folder for prompt features, {CACHE_BYTES >> 30} GiB at most; '' for none "
         "(default: %(default)s)")
 
@@ -695,6 +699,8 @@ def arguments(argv):
 
     args = parser.parse_args(argv)
     require(args.per_task != 1, "--per-task must be at least 2")
+    require(args.guidance is None or args.guidance >= 0,
+            f"--guidance {args.guidance}: must be at least 0")
     require(args.strength is None or 0 < args.strength <= 1,
             f"--strength {args.strength}: must be above 0 and at most 1")
     given = sum([args.eval, bool(args.prompt), bool(args.prompts_file)])
@@ -714,8 +720,10 @@ def arguments(argv):
     require(args.lora or args.lora_strength is None, "--lora-strength is of a LoRA: add --lora")
     require(args.eval or not (args.per_task or args.style),
             "--per-task and --requests choose the scenes of --eval: add it")
-    require(not args.eval or not (args.negative or args.image or args.num > 1),
-            "--eval makes pictures of its own: leave out --negative, --image and --num")
+    others = args.negative or args.image or args.num > 1 or args.scale > 1
+    require(not args.eval or not others,
+            "--eval makes pictures of its own: leave out --negative, --image, --num and --scale")
+    require(args.scale <= 16, f"--scale {args.scale}: must be at most 16")
     return args
 
 
@@ -736,13 +744,21 @@ def main(argv=None):
             f"--size {args.size}: the weights in {args.weights} are of another size")
 
     notes = read_metadata(places.transformer)
+    if lora_path:
+        notes |= settings_of_adapter(lora_file(lora_path))
     steps, guidance = sampler_settings(notes, args.steps, args.guidance)
     require(guidance != 1 or not args.negative.strip(),
             "--negative has no effect at guidance 1, where only the prompt is read: leave it out, "
             f"or add --guidance, say {GUIDANCE:g}")
-    base = args.base or usual_base(notes, config.in_channels)
-    height, width = pick_size(args.height, args.width, args.aspect, base)
+    home = usual_base(notes, config.in_channels)
+    height, width = pick_size(args.height, args.width, args.aspect, args.base or home)
+    warn_of_size(height, width, home)
     sampling = Sampling(height, width, steps, guidance, args.seed)
+
+    strength = args.strength or STRENGTH
+    if args.image and first_step(steps, strength) == 0:
+        print(f"warning: all {steps} steps begin at noise alone, so nothing is left of --image: "
+              "take a smaller --strength, or more --steps", file=sys.stderr)
 
     dtype, why = pick_dtype(device, args.dtype, config.inner_dim)
     h, w = data.grid_of((height, width))
@@ -778,7 +794,7 @@ def main(argv=None):
     else:
         pictures_command(
             weights, sampling, out, requests, rows, num=args.num, negative=args.negative,
-            image=image, strength=args.strength or STRENGTH, cache=args.cache,
+            image=image, strength=strength, scale=args.scale, cache=args.cache,
             make_reasoner=reasoner_of,
             endpoint_model=(args.model or "default") if args.endpoint else None)
 

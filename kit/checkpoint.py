@@ -74,6 +74,7 @@ def load_transformer(path, device="cpu", dtype=None, config=None):
     """
     path = fetch(path, ("transformer",))
     files, stored_config = locate(path, "transformer")
+    announce("the denoiser", files)
     tensors, scales = read_index(files, stored_config)
     if config is None:
         config = denoiser_config(files, stored_config, tensors)
@@ -102,6 +103,16 @@ def denoiser_config(files, stored_config, tensors):
     if stored_config:
         return LensConfig.from_dict(stored_config)
     return config_from_shapes(files[0], {name: where.shape for name, where in tensors.items()})
+
+
+LARGE = 2**30                # bytes: what is larger is announced before it is read
+
+
+def announce(what, files):
+    """Says that a large part is read, which may take minutes."""
+    size = sum(Path(file).stat().st_size for file in files)
+    if size > LARGE:
+        print(f"reading {what}, {size / 2**30:.1f} GB", file=sys.stderr)
 
 
 def load_vae(path, device="cpu", dtype=None):
@@ -147,6 +158,7 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE, layers=None):
                    use_safetensors=True)
     if config.get("quantization_config", {}).get("quant_method") == "mxfp4":
         options.update(mxfp4_options(device))
+    announce("the text encoder", files)
     with error_context(f"cannot load the text encoder from {files[0].parent}"):
         with as_folder(files, config) as folder:
             model, info = model_class.from_pretrained(folder, **options)

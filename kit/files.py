@@ -5,11 +5,14 @@ Read before: nothing.
 import argparse
 import codecs
 import contextlib
+import difflib
 import hashlib
 import io
 import json
+import math
 import os
 import re
+import shlex
 import sys
 import unicodedata
 import warnings
@@ -41,7 +44,24 @@ def error_context(doing):
         raise
     except Exception as e:
         text = str(e).strip() or type(e).__name__
+        if isinstance(e, KeyError):                # says no more than the name
+            text = f"{text} is missing"
+        elif isinstance(e, OSError) and e.strerror and str(e.filename) in doing:
+            text = e.strerror.lower()              # without its number, and the name once more
+            if isinstance(e, FileNotFoundError):
+                text += did_you_mean(e.filename)
         raise LensError(f"{doing}: {text.splitlines()[0]}") from e
+
+
+def did_you_mean(path):
+    """"; did you mean photo.png?" where a file beside `path` has nearly its name, else ""."""
+    path = Path(path)
+    with contextlib.suppress(OSError):
+        names = [other.name for other in path.parent.iterdir()]
+        near = difflib.get_close_matches(path.name, names, n=1)
+        if near:
+            return f"; did you mean {path.with_name(near[0])}?"
+    return ""
 
 
 def first_few(names, count=4):
@@ -56,23 +76,112 @@ def first_few(names, count=4):
 # --- Command lines --------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse as every script here uses it: its errors are LensErrors, and --help ends with the
-    commands that stand in the script's docstring."""
+    """argparse as every script here uses it: its errors are LensErrors, words that it does not know
+    are answered with what was likely meant, numbers are finite, and --help ends with the commands
+    that stand in the script's docstring. Options are written out: no beginning stands for one.
 
-    def __init__(self, description, doc=""):
+    bare    a command to which a word that stands alone is likely the last argument, such as
+            "python sample.py --prompt"; "": there is none
+    """
+
+    def __init__(self, description, doc="", bare=""):
         # A command, with the lines that it goes on in behind a backslash.
         command = re.compile(r"^ {4}(?:python|torchrun) (?:.*\\\n)*.*$", re.MULTILINE)
         commands = command.findall(doc)
-        super().__init__(description=description, epilog="\n".join(commands),
+        super().__init__(description=description, epilog="\n".join(commands), allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.bare = bare
+        self.register("type", int, whole_number)   # what stands for type=int, and for type=float
+        self.register("type", float, finite_number)
 
     def error(self, message):
         raise LensError(message)
 
+    def parse_known_args(self, words=None, namespace=None):
+        words = sys.argv[1:] if words is None else list(words)
+        options = re.findall(r"(?<![\w-])--[\w-]+", self.format_usage())
+        for word in words:                         # first: its value would be taken for a command
+            name = word.split("=")[0]
+            if re.fullmatch(r"--[A-Za-z][\w-]*", name):
+                require(name in (*options, "--help"), no_such_option(name, options))
+
+        known, strange = super().parse_known_args(words, namespace)
+        if strange and strange[0].startswith(DASHES):
+            self.error(no_such_option(strange[0], options))
+        if strange:
+            self.error(stray_words(strange, words, self.bare))
+        return known, strange
+
+
+DASHES = ("-", "\u2013", "\u2014")     # a web page may have made a long one of two
+
+
+def no_such_option(word, options):
+    """That there is none of this name, and which was likely meant."""
+    name = word.split("=")[0]
+    near = difflib.get_close_matches("--" + name.lstrip("".join(DASHES)), options, n=1)
+    hint = f"did you mean {near[0]}?" if near else "--help lists the options"
+    return f"there is no option {name}; {hint}"
+
+
+def stray_words(strange, words, bare):
+    """What was likely meant by words of a command line that belong to no option."""
+    place = words.index(strange[0])
+    before = words[max(0, place - 2):place]
+    number = re.compile(r"[\d.,]+")                # the beginning of no sentence
+    if len(before) == 2 and before[0].startswith("--") and not number.fullmatch(before[1]):
+        said = [before[1]]
+        for word in words[place:]:
+            if word not in strange:
+                break
+            said.append(word)
+        together = of_one_pattern(said) or " ".join(said)
+        return (f"{before[0]} takes one value, and got {len(said)} words; quotation marks keep "
+                f"them together: {before[0]} {quoted(together)}")
+    if bare and not number.fullmatch(strange[0]):
+        return (f"{quoted(strange[0])} belongs to no option; did you mean: "
+                f"{bare} {quoted(' '.join(strange))}")
+    return f"{quoted(strange[0])} belongs to no option; --help lists them"
+
+
+def of_one_pattern(paths):
+    """'shards/*.tar' for files that a shell made of such a pattern; None for other words."""
+    folders = {os.path.dirname(path) for path in paths}
+    endings = {Path(path).suffix for path in paths}
+    if len(folders) == len(endings) == 1 and endings != {""}:
+        return os.path.join(folders.pop(), "*" + endings.pop())
+    return None
+
+
+def quoted(word):
+    """A word as one types it into a shell: in quotation marks where it needs some."""
+    if word and re.fullmatch(r"[\w ,.:;'-]+", word):
+        return f'"{word}"' if re.search(r"[ ;']", word) else word
+    return shlex.quote(word)
+
+
+def whole_number(text):
+    """An argparse type: a whole number."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, not '{text}'") from None
+
+
+def finite_number(text):
+    """An argparse type: a number, neither nan nor infinite."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a number, not '{text}'")
+    return number
+
 
 def positive(text):
     """An argparse type: a whole number of at least 1."""
-    number = int(text)
+    number = whole_number(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
@@ -80,7 +189,7 @@ def positive(text):
 
 def not_negative(text):
     """An argparse type: a whole number of at least 0."""
-    number = int(text)
+    number = whole_number(text)
     if number < 0:
         raise argparse.ArgumentTypeError("must be at least 0")
     return number
@@ -89,17 +198,20 @@ def not_negative(text):
 def seed_number(text):
     """An argparse type: a whole number from 0 to 2^63 - 1, which torch, numpy and every server
     take."""
-    number = int(text)
+    number = whole_number(text)
     if not 0 <= number < 2**63:
         raise argparse.ArgumentTypeError("must be from 0 to 2^63 - 1")
     return number
 
 
 def utf8_text(text):
-    """An argparse type: text that can be written. Bytes in another encoding reach us as lone
-    surrogates, which no file takes: the ValueError of encode() is argparse's error then."""
-    text.encode()
-    return text
+    """An argparse type: text in its `one_form`, which can be written. Bytes in another encoding
+    reach us as lone surrogates, which no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("must be text in UTF-8, and holds other bytes") from None
+    return one_form(text)
 
 
 def run_command(main):
@@ -123,13 +235,18 @@ def run_command(main):
 
 def replace_file(path, write):
     """Runs write(temporary path) beside `path`, then renames: a full disk or a kill leaves the
-    previous file whole."""
+    previous file whole. Who may read it, the umask says: what safetensors writes would be the
+    owner's alone."""
     path = Path(path)
     beside = Path(f"{path}.{os.getpid()}.new")
     with error_context(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            beside.touch()
+            usual = beside.stat().st_mode
             write(beside)
+            if beside.stat().st_mode != usual:
+                beside.chmod(usual)
             with open(beside, "rb+") as f:
                 os.fsync(f.fileno())
             os.replace(beside, path)
@@ -191,6 +308,37 @@ def one_form(text):
     """Each letter with its accents as one character where there is such (Unicode's NFC): macOS
     writes them as two, and the same word would be another one."""
     return unicodedata.normalize("NFC", text)
+
+
+A_PROMPT = '{"prompt": "a red circle"}'
+
+
+def read_prompts(path):
+    """Prompts of a file: plain lines, or of a .json or .jsonl file JSON lines with a `prompt`, as
+    GenEval's. -> (prompts, [the whole row of each] or None). LensError names a line that has
+    none."""
+    prompts, rows = [], []
+    in_json = str(path).endswith((".json", ".jsonl"))
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        prompt = line
+        if in_json:
+            rows.append(json_value(line))
+            prompt = rows[-1].get("prompt") if isinstance(rows[-1], dict) else None
+            require(isinstance(prompt, str) and prompt.strip(),
+                    f"cannot read prompts from {path}: line {number} must look like {A_PROMPT}")
+        prompts.append(one_form(prompt))
+    require(prompts, f"{path}: no prompts in the file")
+    return prompts, rows if in_json else None
+
+
+def json_value(text):
+    """What a line of JSON holds; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def write_text(path, text):

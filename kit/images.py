@@ -11,7 +11,7 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from kit.files import replace_file
@@ -251,21 +251,79 @@ def cover(image, size, where=(0.5, 0.5)):
 
 # --- Pictures for people --------------------------------------------------------------------------
 
-def contact_sheet(images, columns=None):
+GAP = 4                      # pixels between the cells of a contact sheet
+CAPTION_LINES = 3            # under a picture; what is longer is cut
+MARK = 10                    # pixels: the side of a tick or cross
+
+
+def contact_sheet(images, columns=None, captions=None, right=None):
     """All pictures in one, in a grid of equal cells, row by row; of none, an empty row.
-    columns: None for about as many as rows."""
+
+    columns   None for about as many as rows
+    captions  [text], one below each picture; None: no text
+    right     [bool], with captions: a tick stands before those that are True, else a cross
+    """
     columns = columns or max(1, math.ceil(math.sqrt(len(images))))
     rows = max(1, math.ceil(len(images) / columns))
     width = max((image.width for image in images), default=128)
     height = max((image.height for image in images), default=128)
 
-    gap = 4
-    across, down = width + gap, height + gap
-    sheet = Image.new("RGB", (columns * across - gap, rows * down - gap), "white")
+    font = ImageFont.load_default(max(10, min(16, width // 12)))
+    line_height = sum(font.getmetrics())           # above and below the base line
+    indent = MARK + GAP if right else 0
+    texts = [wrapped(caption, font, width - indent) for caption in captions or ()]
+    text_height = line_height * max(map(len, texts), default=0)
+
+    across, down = width + GAP, height + text_height + GAP
+    sheet = Image.new("RGB", (columns * across - GAP, rows * down - GAP), "white")
+    pen = ImageDraw.Draw(sheet)
     for k, image in enumerate(images):
         row, column = divmod(k, columns)
-        sheet.paste(image, (column * across, row * down))
+        x, y = column * across, row * down
+        sheet.paste(image, (x, y))
+        if texts:
+            pen.multiline_text((x + indent, y + height), "\n".join(texts[k]), "black", font,
+                               spacing=line_height - font.size)
+        if right:
+            draw_mark(pen, x + 1, y + height + 3, right[k])
     return sheet
+
+
+def wrapped(text, font, width):
+    """[line]: the text in lines of at most `width` pixels, CAPTION_LINES of them."""
+    lines = [""]
+    for word in text[:1000].split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    if len(lines) > CAPTION_LINES:
+        lines = lines[:CAPTION_LINES]
+        lines[-1] += " ..."
+    return [cut(line, font, width) for line in lines]
+
+
+def cut(line, font, width):
+    """The beginning of a line that takes at most `width` pixels."""
+    while line and font.getlength(line) > width:
+        line = line[:-1]
+    return line
+
+
+def draw_mark(pen, x, y, right):
+    """A green tick or a red cross: Pillow's own font has neither."""
+    end = MARK - 1
+    if right:
+        pen.line([(x, y + end // 2), (x + end // 3, y + end), (x + end, y)], "green", width=2)
+    else:
+        pen.line([(x, y), (x + end, y + end)], "red", width=2)
+        pen.line([(x, y + end), (x + end, y)], "red", width=2)
+
+
+def enlarged(image, times):
+    """A small picture for a large screen: each pixel `times` times as wide and as high."""
+    return image.resize((image.width * times, image.height * times), Image.NEAREST)
 
 
 def save_png(image, path, notes=None):

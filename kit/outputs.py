@@ -14,7 +14,7 @@ from kit.files import error_context, first_few, read_json_lines, require
 from kit.images import ENDINGS, WRITTEN, contact_sheet, read_notes, read_picture, save_picture
 
 SHEET = 100              # pictures on a contact sheet, which are made smaller than
-SHEET_SIDE = 512         # this, so that no sheet has more than 5,200 pixels a side
+SHEET_SIDE = 512         # this, so that no sheet has more than 5,800 pixels a side
 
 
 # --- Which pictures, and where --------------------------------------------------------------------
@@ -144,5 +144,6 @@ def save_sheets(out, jobs):
         shown = hashlib.sha256(repr([job.notes for job in few]).encode()).hexdigest()
         notes = {"prompts": "\n".join(dict.fromkeys(job.prompt for job in few)),
                  "seed": few[0].seed, "weights": few[0].notes["weights"], "pictures": shown[:16]}
-        paths.append(save_new(contact_sheet(pictures), out / name, notes))
+        sheet = contact_sheet(pictures, captions=[job.prompt for job in few])
+        paths.append(save_new(sheet, out / name, notes))
     return paths

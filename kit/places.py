@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kit.files import (
     LensError,
+    did_you_mean,
     error_context,
     file_hash,
     first_few,
@@ -119,7 +120,7 @@ def local_path(name):
     if (ROOT / path).exists():
         elsewhere = f"; there is {ROOT / path}"
     require(may_be_hub_id(name), f"no weights at {name}: it is neither a local folder nor a hub id "
-            f"like owner/name{elsewhere}")
+            f"like owner/name{elsewhere or did_you_mean(path)}")
     return None
 
 
@@ -384,6 +385,14 @@ def read_metadata(path):
             own.pop("base", None)      # rl.py once noted scores under the name of the home size
         notes.update(own)
     return notes
+
+
+def settings_of_adapter(file):
+    """{"steps", "guidance"} that an adapter was made for, as far as its notes say so. Those of
+    other tools are not read: in them "steps" may be the length of a training."""
+    notes = notes_in(file)
+    ours = "trained_steps" in notes
+    return {name: notes[name] for name in ("steps", "guidance") if ours and name in notes}
 
 
 def identity(folder, part="transformer"):

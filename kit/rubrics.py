@@ -43,6 +43,9 @@ COHERENT = Rubric(
 CLEAN = Rubric(name="clean", check="There are no stray specks or smears.", held_out=True)
 
 
+A_ROW = '{"prompt": "...", "rubrics": [{"name": "...", "check": "..."}]}'
+
+
 def read_rows(path, sizes):
     """[PromptRow] of a JSON-lines file, the sizes in turn. LensError names a line that is none.
 
@@ -58,7 +61,7 @@ def read_rows(path, sizes):
 
     rows = []
     for n, line in enumerate(lines, start=1):
-        with error_context(f"--data {path}, line {n}: not a prompt with rubrics"):
+        with error_context(f"--data {path}, line {n}: not a prompt with rubrics like {A_ROW}"):
             given = json.loads(line)
             prompt = given["prompt"]
             require(prompt.strip(), f"--data {path}, line {n}: its prompt is empty")

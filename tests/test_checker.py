@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from data import bucket, buckets
@@ -16,8 +17,10 @@ from toy.checker import (
     check_facts,
     fact_words,
     fidelity_features,
+    first_failures,
     frechet_distance,
     held_out,
+    held_out_rows,
     look,
     regions,
     round_trip,
@@ -392,3 +395,13 @@ def test_diversity_is_a_distance():
 def test_round_trip_of_a_perfect_autoencoder():
     assert round_trip(Pixels(), "cpu", scenes=54) >= 0.98           # the checker errs a little
     assert round_trip(Pixels(), "cpu", scenes=27, noise=2.0) < 0.5
+
+
+def test_of_each_picture_the_first_fact_that_fails_is_told():
+    rows = [row for row in held_out_rows(2, 96, 96) if row.task == "counting"]
+    drawn = [draw(row.scene, 96, 96) for row in rows]
+    assert first_failures(drawn, rows) == ["", ""]
+    empty = Image.new("RGB", (96, 96), "grey")
+    several = len(rows[1].scene.objects)
+    assert first_failures([drawn[0], empty], rows) == [
+        "", f"There are exactly {several} objects in all."]

@@ -706,3 +706,13 @@ def test_a_model_that_is_not_sharded_comes_back_itself(tmp_path):
     model = random_model()
     assert unsharded(Run(tmp_path), model) is model
     assert unsharded(Run(tmp_path, rank=1), model) is None
+
+
+def test_a_large_part_is_announced_before_it_is_read(nano, monkeypatch, capsys):
+    load_pipeline(nano)
+    assert "reading" not in capsys.readouterr().err
+    monkeypatch.setattr(checkpoint, "LARGE", 0)
+    load_pipeline(nano)
+    said = capsys.readouterr().err
+    assert "reading the denoiser, 0.0 GB" in said
+    assert "reading the text encoder, 0.0 GB" in said

@@ -2,21 +2,23 @@
 import json
 import os
 import re
+import shlex
 import unicodedata
 
 import numpy as np
 import pytest
 from conftest import error_line
 from PIL import Image, ImageDraw
-from shards import LOOSE, SIZES, encoded, make_tar, photo
+from shards import LOOSE, SIZES, FixedEncoder, encoded, make_tar, photo
 
 import data
-from kit.files import LensError, read_json, read_json_lines, read_text
+import train
+from kit.checkpoint import load_vae, vae_identity
+from kit.files import LensError, read_json, read_json_lines, read_prompts, read_text
 from kit.images import ENDINGS
 from kit.pack import near_duplicates
 from kit.rubrics import read_rows
 from kit.tars import find_files, words_of
-from sample import read_prompts
 
 NFD = unicodedata.normalize("NFD", "café über")
 NFC = unicodedata.normalize("NFC", NFD)
@@ -107,17 +109,33 @@ def test_files_of_prompts_are_read_so_too(tmp_path):
     for encoding in ("utf-8-sig", "utf-16"):
         path = tmp_path / "prompts.jsonl"
         path.write_bytes(text.encode(encoding))
-        assert data.read_captions(path) == [SEPARATED, NFC]
         assert read_prompts(path)[0] == [SEPARATED, NFC]
         assert [row["prompt"] for row in read_rows(path, [(64, 64)])] == [SEPARATED, NFC]
 
         plain = tmp_path / "prompts.txt"
         plain.write_bytes(f"one\r\n{NFD}\n".encode(encoding))
-        assert data.read_captions(plain) == read_prompts(plain)[0] == ["one", NFC]
+        assert read_prompts(plain)[0] == ["one", NFC]
         assert read_text(plain) == f"one\n{NFD}\n"
 
         (tmp_path / "a.json").write_bytes(json.dumps({"a": "é"}).encode(encoding))
         assert read_json(tmp_path / "a.json") == {"a": "é"}
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("p.txt", "\n \n", "no prompts in the file"),
+    ("p.jsonl", "", "no prompts in the file"),
+    ("p.jsonl", '{"prompt": "a star"}\n\n{"text": "a cat"}', "line 3 must look like"),
+    ("p.jsonl", '{"prompt": " "}', 'line 1 must look like {"prompt": "a red circle"}'),
+    ("p.jsonl", '{"prompt": "a star"}\n{torn', "line 2 must look like"),
+    ("p.json", '["a star", "a ring"]', "line 1 must look like"),
+    ("p.json", '{"prompt": 5}', "line 1 must look like"),
+])
+def test_of_a_file_of_prompts_the_line_is_named(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(LensError) as error:
+        read_prompts(tmp_path / name)
+    assert said in str(error.value)
+    assert str(tmp_path / name) in str(error.value)
 
 
 def test_a_log_of_our_own_outlives_a_torn_line(tmp_path):
@@ -261,7 +279,7 @@ def test_old_tars_are_not_mixed_in(tmp_path, capsys):
     assert "holds a.tar, not among --data" in said
     (tmp_path / "latents" / "a.tar").unlink()
     data.main(cache("b.tar"))
-    assert "1 of 1 shards were fresh" in capsys.readouterr().out
+    assert "0 tars were encoded now, 1 were there already" in capsys.readouterr().out
 
 
 # --- What the filters took ------------------------------------------------------------------------
@@ -353,9 +371,26 @@ def test_every_command_ends_with_what_it_wrote_and_what_comes_next(folder, tmp_p
     data.main(["stats", *of_toy, "--out", str(sheet)])
     *_, wrote, following = capsys.readouterr().out.splitlines()
     assert wrote.startswith(f"{sheet}: 1 of the pictures")
-    assert following.startswith(f"next: python train.py --data '{shards}/*.tar'")
+    assert f": python train.py --data '{shards}/*.tar' --size toy --stage 2" in following
 
-    data.main(["cache", *of_toy, "--out", str(latents)])
+    data.main(["cache", *of_toy[:2], "--out", str(latents)])
     *_, wrote, following = capsys.readouterr().out.splitlines()
-    assert wrote.startswith(f"{latents}: ")
-    assert following.startswith(f"next: python train.py --data '{latents}/*.tar'")
+    assert wrote.startswith(f"{latents}: latents of 1 pictures in 1 tars, 0.0 MB; 1 tars were enc")
+    assert following.startswith(f"next: python train.py --data '{latents}/*.tar' --size toy ")
+
+    # What it says next is true: training takes these latents as they are.
+    args = train.arguments(shlex.split(following)[3:])
+    stage = train.stage_of(args.size, int(args.stage))
+    source = data.ShardSource(args.data, stage.sizes(), 0, load_vae(args.parts), FixedEncoder(),
+                              "cpu", 0, vae_identity(args.parts))
+    planned = data.plan(source.buckets, source.lengths(0), dict.fromkeys(range(27), 1), 0, 0)
+    assert len(next(source.stream(planned)).samples) == 1
+
+    # Another stage has other sizes: it says with which --bases they are made.
+    first = train.stage_of("toy", 1)
+    for sizes in (first.sizes(), data.bases_option("32,48")):
+        other = data.Shards(args.data, sizes, vae_hash=vae_identity(args.parts))
+        with pytest.raises(LensError, match="holds latents of other sizes") as error:
+            other[data.PlannedBatch(other.buckets[0], np.array([0]), 0)]
+        bases = str(error.value).split("--bases ")[1]
+        assert set(data.bases_option(bases)) == set(sizes)

@@ -2,6 +2,7 @@
 so."""
 import argparse
 import ast
+import fnmatch
 import functools
 import graphlib
 import importlib
@@ -17,13 +18,15 @@ import pytest
 import torch
 from conftest import ROOT
 
+import data
 import lens
 import sample
 from kit.checkpoint import load_pipeline, load_vae
 from kit.files import read_json
 from kit.lora import merge_lora
 from kit.places import read_metadata
-from toy.checker import check_facts, held_out, round_trip
+from toy import language
+from toy.checker import check_facts, held_out_rows, look, round_trip
 from toy.world import TASKS
 
 README = (ROOT / "README.md").read_text()
@@ -449,6 +452,20 @@ fi
 """
 
 
+def test_git_ignores_what_the_commands_make():
+    """Folders and files that README's commands and data.py's defaults write into the clone."""
+    made = {"out", "runs", "toy_world.png", *data.DEFAULT_OUT.values()}
+    for command in readme_commands():
+        for flag, value in zip(command, command[1:]):
+            if flag in ("--out", "--write-prompts"):
+                made.add(value.split("/")[0])
+    assert {"shards", "latents", "strip.webp", "prompts.jsonl"} <= made
+    patterns = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    strangers = [name for name in sorted(made)
+                 if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    assert strangers == []
+
+
 def test_ci_runs_ruff_and_the_test_command_of_the_readme(tmp_path):
     programs = tmp_path / "programs"
     programs.mkdir()
@@ -474,10 +491,23 @@ def test_a_new_user_gets_a_picture_from_the_shipped_toy(tmp_path, capsys):
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
+def test_the_reasoner_s_example_pleases():
+    """All facts of the request in its help hold in the picture that a new user gets, of seed 0."""
+    (request,) = re.findall(r'--prompt "(.*)" --reason', sample.__doc__)
+    pipeline = load_pipeline(sample.TOY, "cpu", torch.float32)
+    reasoner = sample.make_reasoner(read_metadata(sample.TOY), pipeline[2])
+    (prompt,) = reasoner.rewrite([request])
+    assert prompt != request
+    (picture,) = sample.generate([prompt], pipeline, height=128, width=128, steps=20, guidance=3.0)
+    (wanted,) = language.mentions(language.in_plain_words(request))
+    objects = look(picture).objects
+    assert len(objects) == {"two": 2, "three": 3, "four": 4}[wanted.number]
+    assert {(obj.shape, obj.color) for obj in objects} == {(wanted.shape, wanted.color)}
+
+
 def home_rows(per_task):
     """Held-out prompts of the toy's own size."""
-    home = sample.TOY_BASE
-    return [row for task in TASKS for row in held_out(task, per_task, home, home)]
+    return held_out_rows(per_task, sample.TOY_BASE, sample.TOY_BASE)
 
 
 def test_the_shipped_toy_follows_its_prompts():

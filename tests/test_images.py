@@ -15,6 +15,7 @@ from kit.images import (
     ENDINGS,
     Fault,
     contact_sheet,
+    enlarged,
     from_pil,
     picture_size,
     read_picture,
@@ -305,6 +306,40 @@ def test_a_contact_sheet_holds_every_picture_whole():
         assert largest_difference(cell, picture) == 0
 
     assert contact_sheet(pictures).size == sheet.size             # 5 pictures: 3 columns, 2 rows
+
+
+def test_captions_stand_below_their_pictures_and_are_cut_to_their_width():
+    few = [Image.new("RGB", (64, 48), "blue")] * 3
+    words = ["a star", "a word and another one, " * 20, "w" * 5000]
+    sheet = np.asarray(contact_sheet(few, columns=3, captions=words))
+    height, width, _ = sheet.shape
+    assert width == 3 * 64 + 2 * 4                 # as without captions
+    assert (sheet[:48, :64] == (0, 0, 255)).all()
+    below = (sheet[48:] < 128).all(-1)             # ink
+    inked = [below[:, k * 68:k * 68 + 64] for k in range(3)]
+    assert all(ink.any() for ink in inked)
+    assert not below[:, 64:68].any() and not below[:, 132:136].any()
+    lines = [ink.any(1).nonzero()[0].max() for ink in inked]      # how far down it goes
+    assert lines[1] > 2 * lines[0]                 # three lines, and one
+    assert lines[2] < 2 * lines[0]
+    assert height - 48 <= 3 * 16
+
+
+def test_a_tick_is_green_and_a_cross_is_red():
+    few = [Image.new("RGB", (64, 48))] * 2
+    sheet = contact_sheet(few, 2, captions=["yes", "no"], right=[True, False])
+    sheet = np.asarray(sheet).astype(int)
+    green = (sheet[48:, :, 1] - sheet[48:, :, 0] > 100).any(0)
+    red = (sheet[48:, :, 0] - sheet[48:, :, 1] > 100).any(0)
+    assert green[:12].any() and not green[12:].any()
+    assert red[68:80].any() and not red[:68].any() and not red[80:].any()
+
+
+def test_an_enlarged_picture_has_the_same_pixels():
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (3, 5, 3), np.uint8)
+    large = np.asarray(enlarged(Image.fromarray(small), 4))
+    assert (large == small.repeat(4, 0).repeat(4, 1)).all()
 
 
 def test_a_contact_sheet_of_no_pictures_is_a_small_empty_one():

@@ -12,7 +12,7 @@ from conftest import ROOT, error_line, rows
 
 import lens
 import reason
-from kit.checkpoint import load_text_encoder
+from kit.checkpoint import load_text_encoder, read_metadata
 from kit.state import newest_state
 from toy import language
 from toy.checker import held_out
@@ -61,6 +61,57 @@ def test_each_part_of_the_check_does_what_its_docstring_shows(function):
     results = runner.summarize(verbose=False)
     assert results.attempted >= 1
     assert results.failed == 0
+
+
+# --- What the author of a prompt is told ----------------------------------------------------------
+
+KNOWN = set(json.loads(read_metadata(ROOT / "weights" / "toy")["words"]))
+
+
+@pytest.mark.parametrize("prompt, said", [
+    ("a rad circle at the top", "never saw the word rad (did you mean red?). It knows: a, above"),
+    ("a sqare and a bleu star", "words bleu (did you mean blue?), sqare (did you mean square?)."),
+    ("2 stars on the left", "the word 2 (did you mean two?)"),
+    ("a zeppelin at the top", "the word zeppelin. It knows: a, above"),
+    ("five red stars on the left", "hold four objects at most"),
+    ("12 red stars on the left", "hold four objects at most"),
+    ("a couple of Crimson discs", 'in words that it knows: "two red circles"; or --reason'),
+    ("a navy box over a star", 'in words that it knows: "a blue square above a star"'),
+    ("a red star on a blue background", "never saw a blue background: they are black, grey, white"),
+    ("a star. The background is pink", "never saw a pink background"),
+    ("a circle", "says no place leaves much open"),
+    ("two red stars", "--reason writes it out first"),
+])
+def test_what_may_surprise_is_told_before(prompt, said):
+    assert said in "\n".join(language.remarks([prompt], KNOWN))
+    assert language.remarks([prompt], set()) == []                # nobody counted
+
+
+@pytest.mark.parametrize("prompt", [
+    "a red circle to the left of a blue square",
+    "a large Pink Ring at the top left. it is all on a grey background",
+    "four crosses, one at the top, one on the left, one on the right and one at the bottom",
+    "a star on a white background",
+])
+def test_of_prompts_as_in_training_nothing_is_said(prompt):
+    assert language.remarks([prompt], KNOWN) == []
+
+
+def test_who_has_a_reasoner_is_not_told_of_it():
+    brief = ["a circle", "a couple of crimson discs"]
+    lines = language.remarks(brief, KNOWN, rewritten=True)
+    assert len(lines) == 1
+    assert lines[0].startswith("this model never saw the words couple, crimson, discs. It knows")
+
+
+def test_spellings_are_those_of_the_weights():
+    prompts, lines = language.respelled(["a Gray star in the centre", "grayer"], KNOWN)
+    assert prompts == ["a grey star in the center", "grayer"]
+    assert lines == ["gray is drawn as grey, the spelling that this model knows",
+                     "centre is drawn as center, the spelling that this model knows"]
+    for known in (set(), {"gray"}, {"gray", "grey"}):
+        assert language.respelled(["a gray star"], known) == (["a gray star"], [])
+    assert language.respelled(["a grey star"], {"gray"})[0] == ["a gray star"]
 
 
 def test_every_exercise_passes_the_check():

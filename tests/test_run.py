@@ -174,10 +174,10 @@ def test_a_parser_parses_and_its_help_ends_with_the_commands(capsys):
 @pytest.mark.parametrize("argv, said", [
     (["--steps", "0"], "--steps: must be at least 1"),
     (["--steps", "-3"], "--steps: must be at least 1"),
-    (["--steps", "many"], "--steps: invalid positive value: 'many'"),
-    (["--steps", "1.5"], "--steps: invalid positive value: '1.5'"),
+    (["--steps", "many"], "--steps: must be a whole number, not 'many'"),
+    (["--steps", "1.5"], "--steps: must be a whole number, not '1.5'"),
     (["--seed", "-1"], "--seed: must be at least 0"),
-    (["--sead", "1"], "unrecognized arguments: --sead"),
+    (["--sead", "1"], "there is no option --sead; did you mean --seed?"),
     (["--steps"], "--steps: expected one argument"),
 ])
 def test_a_parsers_errors_are_ours(argv, said):
@@ -201,7 +201,7 @@ COMMANDS = [sample, train, rl, distill, toy.autoencoder, toy.language, strip]
     ("-1", "--seed: must be from 0 to 2^63 - 1"),
     (str(2**63), "--seed: must be from 0 to 2^63 - 1"),
     ("9" * 30, "--seed: must be from 0 to 2^63 - 1"),
-    ("1.5", "--seed: invalid seed_number value: '1.5'"),
+    ("1.5", "--seed: must be a whole number, not '1.5'"),
 ])
 def test_every_command_refuses_a_seed_that_is_none(command, number, said, tmp_path, capsys):
     line = error_line(command.main, ["--out", str(tmp_path), "--seed", number], capsys)
@@ -219,7 +219,7 @@ def test_text_that_no_file_takes_is_refused():
     parser = Parser("Does something.")
     parser.add_argument("--prompt", type=utf8_text)
     assert parser.parse_args(["--prompt", "赤い丸"]).prompt == "赤い丸"
-    with pytest.raises(LensError, match="--prompt: invalid utf8_text value"):
+    with pytest.raises(LensError, match="--prompt: must be text in UTF-8"):
         parser.parse_args(["--prompt", "k\udcfchn"])              # "kühn" in Latin-1
 
 

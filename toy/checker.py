@@ -386,6 +386,11 @@ def held_out(task, count, height, width, style="dense"):
     return rows
 
 
+def held_out_rows(per_task, height, width, style="dense"):
+    """[HeldOut] of all six tasks, `per_task` of each."""
+    return [row for task in TASKS for row in held_out(task, per_task, height, width, style)]
+
+
 def score(pictures, rows, vae):
     """Scores of PIL pictures that were made for the prompts of rows, [HeldOut] of all six tasks.
 
@@ -404,6 +409,17 @@ def score(pictures, rows, vae):
     fidelity = frechet_distance(fidelity_features(vae, from_pil(pictures)),
                                 fidelity_features(vae, from_pil(drawn)))
     return {"overall": round(overall, 4), **tasks, "fidelity": round(fidelity, 3)}
+
+
+def first_failures(pictures, rows):
+    """For each picture of HeldOut rows the first fact that does not hold, in words; "" where all
+    do."""
+    words = []
+    for picture, row in zip(pictures, rows, strict=True):
+        holds = check_facts(picture, row.claims)
+        failed = [fact for fact, so in zip(row.claims, holds) if not so]
+        words.append(fact_words(failed[0]) if failed else "")
+    return words
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ that a reasoner must keep is known, so its answers are checked word by word (`ke
 prompt is a choice of sentences (`GUIDELINES`), so a program can propose a better one
 (`edit_guidelines`).
 """
+import difflib
 import itertools
 import re
 import sys
@@ -34,11 +35,13 @@ from kit.run import Log, Notice, learning_rate_factor, make_loader, start_run
 from kit.state import check_same_run, load_state, save_state
 from toy.world import (
     COLORS,
+    NUMBERS,
     PAIR_TASKS,
     PLACE_WORDS,
     PLACES,
     RELATIONS,
     SHAPES,
+    TONES,
     VAGUE,
     caption,
     details_for,
@@ -216,6 +219,85 @@ def can_be_drawn(text):
         if ahead <= 0:
             return False
     return True
+
+
+# --- Words that the denoiser never saw ------------------------------------------------------------
+
+# British and American spellings: which of two a model knows depends on its captions.
+SPELLINGS = (("grey", "gray"), ("centre", "center"), ("colour", "color"))
+
+DIGITS = {str(number): word for number, word in NUMBERS.items()}
+TOO_MANY = re.compile(r"five|six|seven|eight|nine|ten|eleven|twelve|dozen|many|several|[5-9]|\d\d+")
+COLORED_GROUND = re.compile(rf"\b{one_of(COLORS)} background\b|\bbackground is {one_of(COLORS)}\b")
+VAGUE_PARTS = set(re.findall(r"\w+", " ".join(PLAIN)))
+
+
+def respelled(prompts, known):
+    """-> (prompts, lines that tell what was changed): words of SPELLINGS in the spelling that is
+    among the words `known`."""
+    lines = []
+    for pair in SPELLINGS:
+        for one, other in (pair, pair[::-1]):
+            if other not in known or one in known:
+                continue
+            spelled = [re.sub(rf"\b{one}\b", other, prompt, flags=re.IGNORECASE)
+                       for prompt in prompts]
+            if spelled != list(prompts):
+                lines.append(f"{one} is drawn as {other}, the spelling that this model knows")
+                prompts = spelled
+    return prompts, lines
+
+
+def remarks(prompts, known, rewritten=False):
+    """What may surprise in the pictures of prompts: [a line for their author].
+
+    known      words that the model saw in training; none: nobody counted them, nothing is said
+    rewritten  whether a reasoner has written the prompts
+    """
+    if not known:
+        return []
+    lines = []
+    used = set().union(*(words_of(prompt.lower()) for prompt in prompts))
+    strange = sorted(used - known)
+    if strange:
+        word_or_words = "word" if len(strange) == 1 else "words"
+        told = ", ".join(word + nearest_word(word, known) for word in strange)
+        lines.append(f"this model never saw the {word_or_words} {told}. "
+                     f"It knows: {', '.join(sorted(known))}")
+    if any(TOO_MANY.fullmatch(word) for word in strange):
+        lines.append("its pictures hold four objects at most")
+
+    for prompt in prompts:
+        plain = in_plain_words(prompt)
+        if plain != prompt.lower() and words_of(plain) <= known and not rewritten:
+            lines.append(f'in words that it knows: "{plain}"; or --reason, which rewrites')
+            break
+    for prompt in prompts:
+        ground = COLORED_GROUND.search(prompt.lower())
+        if ground:
+            color = ground[1] or ground[2]
+            lines.append(f"it never saw a {color} background: they are {', '.join(TONES)}")
+            break
+    if not rewritten and any(is_brief(prompt) for prompt in prompts if words_of(prompt) <= known):
+        # Of 144 brief requests all facts held in 0.68 of the pictures, rewritten in 0.88.
+        lines.append("a prompt that says no place leaves much open, and is drawn wrong more often; "
+                     "--reason writes it out first")
+    return lines
+
+
+def nearest_word(word, known):
+    """" (did you mean red?)" for a word that is nearly one of `known`, else ""."""
+    if word in VAGUE_PARTS:                        # it has a meaning, if not to the denoiser
+        return ""
+    near = difflib.get_close_matches(word, [other for other in known if len(other) > 2], 1, 0.66)
+    meant = DIGITS.get(word, near[0] if near else None)
+    return f" (did you mean {meant}?)" if meant else ""
+
+
+def is_brief(prompt):
+    """Whether a prompt is of this world and says no place, relation or background."""
+    more = PLACE.search(prompt) or relations(prompt) or "background" in prompt
+    return keeps(prompt, prompt) and not more
 
 
 # --- The offline proposer -------------------------------------------------------------------------

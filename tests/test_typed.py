@@ -1,0 +1,104 @@
+"""What people type: options that are none, words without quotation marks, numbers that are none;
+and what they are told then."""
+import argparse
+import os
+
+import pytest
+import torch
+from conftest import error_line
+
+import data
+import sample
+import train
+from kit.files import quoted, write_safetensors, write_text
+
+LONG_DASH = "\u2013"
+
+
+@pytest.mark.parametrize("main, typed, said", [
+    (sample.main, "--promt|a red circle", "no option --promt; did you mean --prompt?"),
+    (sample.main, "--promt=a star", "no option --promt; did you mean --prompt?"),
+    (sample.main, "-prompt|a star", "no option -prompt; did you mean --prompt?"),
+    (sample.main, f"{LONG_DASH}prompt|a star", "did you mean --prompt?"),
+    (sample.main, "--prom|a star", "no option --prom; did you mean --prompt?"),
+    (sample.main, "--xyz", "no option --xyz; --help lists the options"),
+    (data.main, "--dta|shards", "no option --dta; did you mean --data?"),
+    (train.main, "--step|5", "no option --step; did you mean --steps?"),
+    # Without the option, and without the quotation marks.
+    (sample.main, "a red circle", 'did you mean: python sample.py --prompt "a red circle"'),
+    (sample.main, "--steps|4|a|star", 'did you mean: python sample.py --prompt "a star"'),
+    (sample.main, "--seed|1|2", "2 belongs to no option; --help lists them"),
+    (sample.main, "--eval|a star", 'did you mean: python sample.py --prompt "a star"'),
+    (sample.main, "--prompt|a|red|circle|--steps|4", '--prompt "a red circle"'),
+    (sample.main, "--prompt|a star|--prompt|a|ring", '--prompt "a ring"'),
+    (data.main, "stats|--data|s/0.tar|s/1.tar", "--data 's/*.tar'"),
+    (train.main, "--data|s/0.tar|s/1.tar|s/2.tar", "--data 's/*.tar'"),
+    # Numbers.
+    (sample.main, "--steps|many", "--steps: must be a whole number, not 'many'"),
+    (sample.main, "--guidance|strong", "--guidance: must be a number, not 'strong'"),
+    (sample.main, "--guidance|nan", "--guidance: must be a number, not 'nan'"),
+    (sample.main, "--lora-strength|inf", "--lora-strength: must be a number, not 'inf'"),
+    (data.main, "pack|--limit|blur=x", "--limit: must be a number, not 'x'"),
+    (data.main, "cache|--bases|64,x", "--bases: must be a whole number, not 'x'"),
+])
+def test_what_is_typed_wrong_is_answered_with_what_was_meant(main, typed, said, capsys):
+    assert said in error_line(main, typed.split("|"), capsys)
+
+
+@pytest.mark.parametrize("main, typed, said", [
+    (sample.main, "--prompt|a|--image|{here}/foto.png",
+     "--image {here}/foto.png: no such file or directory; did you mean {here}/photo.png?"),
+    (sample.main, "--prompts-file|{here}/prompt.txt", "did you mean {here}/prompts.txt?"),
+    (sample.main, "--prompt|a|--image|{here}", "cannot read --image {here}: is a directory"),
+    (sample.main, "--prompt|a|--weights|{here}/toi", "did you mean {here}/toy?"),
+    (data.main, "stats|--data|{here}/shard", "no file matches; did you mean {here}/shards?"),
+    (data.main, "stats|--data|{here}/nothing/*.tar", "nothing/*.tar: no file matches"),
+    (data.main, "stats|--data|{here}/shards",
+     "`python data.py pack --images {here}/shards --out shards`"),
+])
+def test_a_path_that_is_typed_wrong_is_answered_with_its_neighbour(main, typed, said, tmp_path,
+                                                                   capsys):
+    for name in ("photo.png", "prompts.txt"):
+        (tmp_path / name).touch()
+    for name in ("toy", "shards"):
+        (tmp_path / name).mkdir()
+    words = typed.replace("{here}", str(tmp_path)).split("|")
+    line = error_line(main, words, capsys)
+    assert said.replace("{here}", str(tmp_path)) in line
+    assert "Errno" not in line
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_colleague_may_read_what_the_umask_lets_him(mask, mode, tmp_path):
+    """safetensors' own writer lets nobody but the owner."""
+    before = os.umask(mask)
+    try:
+        write_safetensors(tmp_path / "a.safetensors", {"x": torch.zeros(2)})
+        write_text(tmp_path / "a.txt", "x")
+    finally:
+        os.umask(before)
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o777 == mode
+
+
+def test_a_word_is_quoted_as_one_types_it():
+    assert [quoted(word) for word in ("star", "a star", "it's", "", "$5", "*.tar")] == [
+        "star", '"a star"', '"it\'s"', "''", "'$5'", "'*.tar'"]
+
+
+@pytest.mark.parametrize("main", [sample.main, data.main])
+def test_every_default_is_named_in_the_help(main, monkeypatch):
+    """A default that does something stands in the option's own help, in its value or in words."""
+    parsers = []
+
+    def keep(self, words=None, namespace=None):
+        parsers.append(self)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", keep)
+    with pytest.raises(SystemExit):
+        main([])
+    silent = [action.option_strings for action in parsers[0]._actions
+              if action.default not in (None, False, "", [], argparse.SUPPRESS)
+              and "default" not in action.help]
+    assert silent == []
