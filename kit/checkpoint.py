@@ -110,7 +110,7 @@ LARGE = 2**30                # bytes: what is larger is announced before it is r
 
 def announce(what, files):
     """Says that a large part is read, which may take minutes."""
-    size = sum(Path(file).stat().st_size for file in files)
+    size = sum(file.stat().st_size for file in files if file.exists())
     if size > LARGE:
         print(f"reading {what}, {size / 2**30:.1f} GB", file=sys.stderr)
 

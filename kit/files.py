@@ -44,7 +44,7 @@ def error_context(doing):
         raise
     except Exception as e:
         text = str(e).strip() or type(e).__name__
-        if isinstance(e, KeyError):                # says no more than the name
+        if isinstance(e, KeyError) and e.args:     # says no more than the name
             text = f"{text} is missing"
         elif isinstance(e, OSError) and e.strerror and str(e.filename) in doing:
             text = e.strerror.lower()              # without its number, and the name once more

@@ -13,10 +13,11 @@ from shards import LOOSE, SIZES, FixedEncoder, encoded, make_tar, photo
 
 import data
 import train
-from kit.checkpoint import load_vae, vae_identity
+from kit.checkpoint import load_vae
 from kit.files import LensError, read_json, read_json_lines, read_prompts, read_text
 from kit.images import ENDINGS
 from kit.pack import near_duplicates
+from kit.places import vae_identity
 from kit.rubrics import read_rows
 from kit.tars import find_files, words_of
 

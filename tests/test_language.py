@@ -12,7 +12,8 @@ from conftest import ROOT, error_line, rows
 
 import lens
 import reason
-from kit.checkpoint import load_text_encoder, read_metadata
+from kit.checkpoint import load_text_encoder
+from kit.places import read_metadata
 from kit.state import newest_state
 from toy import language
 from toy.checker import held_out

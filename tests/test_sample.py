@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 import data
 import kit.checkpoint
+import kit.places
 import lens
 import sample
 import vae
@@ -393,7 +394,7 @@ def test_an_adapter_says_how_it_is_sampled(copied, tmp_path, capsys):
 
 def test_the_shipped_adapters_say_how_they_are_sampled():
     weights = sample.TOY.parent
-    turbo = kit.checkpoint.settings_of_adapter(weights / "toy-turbo" / "adapter_model.safetensors")
+    turbo = kit.places.settings_of_adapter(weights / "toy-turbo" / "adapter_model.safetensors")
     assert sample.sampler_settings(turbo) == (4, 1.0)
 
 
