@@ -228,6 +228,7 @@ def run_command(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         sys.exit(130)
 
 

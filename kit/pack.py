@@ -30,7 +30,7 @@ from kit.files import (
     write_text,
 )
 from kit.images import ENDINGS, Fault, read_picture
-from kit.run import usable_cores
+from kit.run import ignore_signals, usable_cores
 from kit.tars import Part, add_part, read, tar_members, words_of, write_shards
 
 # --- Which pictures are left out ------------------------------------------------------------------
@@ -257,7 +257,7 @@ def examine_all(samples):
     named."""
     faults = Counter()
     candidates = []
-    with ProcessPoolExecutor(usable_cores()) as pool:
+    with ProcessPoolExecutor(usable_cores(), initializer=ignore_signals) as pool:
         examined = pool.map(examine, samples, chunksize=8)
         for key, candidate, fault in tqdm(examined, "reading", len(samples), unit="picture"):
             if fault:

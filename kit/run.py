@@ -1,11 +1,12 @@
 """What every run needs: a device, ranks, a precision, random generators, loaders, a log with
-curves, notice of SIGTERM, averages.
+curves, notice of SIGTERM and Ctrl-C, averages.
 
 Read before: kit/files.py.
 """
 import atexit
 import contextlib
 import datetime
+import errno
 import functools
 import json
 import math
@@ -17,6 +18,11 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                                # on Windows
+    fcntl = None
 
 import numpy as np
 import torch
@@ -55,8 +61,8 @@ class Run:
             print(message)
 
     def say_stopped(self, step):
-        """The last words of a run that SIGTERM ended, after it has saved."""
-        self.say(f"SIGTERM: saved {self.out} at step {step}; the same command goes on from there")
+        """The last words of a run that a notice ended, after it has saved."""
+        self.say(f"stopped at step {step}; the same command goes on (saved in {self.out})")
 
     def autocast(self):
         """Matrix products in bf16 where the run chose it; weights, losses and optimisers stay
@@ -92,7 +98,26 @@ def start_run(out, seed=0, device=None):
         run = Run(Path(out), seed, device, dist.get_rank(), dist.get_world_size())
     if run.rank == 0:          # two processes would remove each other's trial file
         check_writable(run.out)
+        lock(run.out)
     return run
+
+
+_locks = []                                    # open files: a lock goes when its file is closed
+
+
+def lock(folder):
+    """Keeps a folder for this process, until it ends in whatever way. LensError where another has
+    it: two runs would write over each other's states."""
+    if fcntl is None:
+        return
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        taken = e.errno in (errno.EACCES, errno.EAGAIN)            # else: this disk has no locks
+        require(not taken, f"{folder}: another run is at work there; wait for it, or give another "
+                "--out")
+    _locks.append(file)
 
 
 @contextlib.contextmanager
@@ -134,34 +159,41 @@ def whole(tensor):
 
 
 class Notice:
-    """`given` turns True when SIGTERM comes, a cluster's notice before it kills: the loop looks,
-    saves, and ends well."""
+    """`given` turns True at SIGTERM, a cluster's notice before it kills, and at Ctrl-C: the loop
+    looks, saves, and ends well. A second Ctrl-C stops at once."""
 
     def __init__(self):
         self.given = False
         signal.signal(signal.SIGTERM, self.receive)
+        signal.signal(signal.SIGINT, self.receive)
 
-    def receive(self, *_):
+    def receive(self, number, _):
         self.given = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            # Not print: it may be what was interrupted.
+            os.write(2, b"\nstopping after this step, to save; Ctrl-C again stops at once\n")
 
 
 # --- Processes that prepare batches ---------------------------------------------------------------
 
 def make_loader(dataset, order, workers, prefetch=None, pin_memory=False):
     """dataset[k] for each k of `order`, a whole batch each, made by worker processes while the last
-    batch is used. Every loader here comes from this place, so that no worker dies of SIGTERM.
+    batch is used. Every loader here comes from this place, so that no worker dies of a signal that
+    is meant for the run.
 
     workers   0: this process makes them itself;  prefetch: batches ahead, for each worker
     """
     return DataLoader(dataset, batch_size=None, sampler=order, num_workers=workers,
                       prefetch_factor=prefetch, pin_memory=pin_memory,
-                      worker_init_fn=ignore_sigterm)
+                      worker_init_fn=ignore_signals)
 
 
-def ignore_sigterm(worker):
-    """A cluster's SIGTERM goes to every process of a group: a worker that died of it would take the
-    trainer down before it has saved."""
+def ignore_signals(worker=None):
+    """A cluster's SIGTERM and a terminal's Ctrl-C go to every process of a group: a worker that
+    died of one would take the trainer down before it has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def usable_cores():

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import struct
 import threading
@@ -49,6 +50,15 @@ def steady(monkeypatch):
     """Precision fp32 and flash attention, whatever the machine's clock says."""
     monkeypatch.setattr(kit.run, "fastest_dtype", fixed_dtype)
     monkeypatch.setattr(kit.run, "fastest_attention", fixed_attention)
+
+
+@pytest.fixture(autouse=True)
+def keep_signals():
+    """A run takes notice of SIGTERM and Ctrl-C, and the tests run it in their own process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

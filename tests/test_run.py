@@ -126,7 +126,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(capsys):
     assert exit_of(failing(torch.OutOfMemoryError("CUDA out of memory"))) == 2
     assert capsys.readouterr().err == "error: CUDA out of memory\n"
     assert exit_of(failing(KeyboardInterrupt())) == 130
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "stopped\n"
     with pytest.raises(ZeroDivisionError):                        # our mistake: with its trace
         run_command(failing(ZeroDivisionError()))
 
@@ -378,14 +378,46 @@ def test_two_processes_agree(tmp_path):
 
 
 def test_notice_of_sigterm():
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        notice = Notice()
-        assert not notice.given
+    notice = Notice()
+    assert not notice.given
+    for _ in range(2):
         os.kill(os.getpid(), signal.SIGTERM)
         assert notice.given
+
+
+def test_ctrl_c_asks_for_an_end_and_then_ends(capfd):
+    notice = Notice()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert notice.given
+    assert "Ctrl-C again stops at once" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+# Takes the folder, says so, and waits.
+HOLDER = """
+import sys, time
+from kit.run import start_run
+start_run(sys.argv[1])
+print("at work", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_takes_one_run_at_a_time_and_a_crash_frees_it(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == "at work\n"
+        with pytest.raises(LensError, match="another run is at work there; wait for it, or give"):
+            start_run(tmp_path)
+        start_run(tmp_path / "other")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        holder.kill()
+        holder.wait()
+    start_run(tmp_path)
+    start_run(tmp_path)                            # this process has it already
 
 
 class Numbers(torch.utils.data.Dataset):

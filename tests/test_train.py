@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,14 +34,6 @@ from toy.world import SHAPES
 
 NANO = lens.SIZES["nano"].transformer
 GRID = (2, 3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def keep_sigterm():
-    """A run takes notice of SIGTERM, and the tests run it in their own process."""
-    handler = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture

@@ -523,7 +523,7 @@ def main(argv=None):
     run = start_run(Path(args.out) / "vae", seed=args.seed)
     ema, progress = train(run, settings)
     if progress.done(settings) < 1:
-        print(f"stopped at step {progress.step}: the same command goes on from there")
+        run.say_stopped(progress.step)
         return
     command = shlex.join(["python", "-m", "toy.autoencoder", *argv])
     finish(run, settings, ema, progress, args.report, command)
