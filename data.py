@@ -795,7 +795,7 @@ def build_parser():
                               "in .jsonl with file_name; tars of such too (docs/formats.md)")
     of_pack.add_argument("--limit", action="append", default=[], type=limit_option,
                          metavar="NAME=VALUE",
-                         help="of a filter, which leaves a picture out where " +
+                         help="of a filter, which leaves a picture out where (default) " +
                               ", ".join(f"{name} {limit}" for name, limit in LIMITS.items()))
     of_pack.add_argument("--classifier", action="append", default=[], type=classifier_option,
                          metavar="NAME=MODEL:LABEL",
@@ -805,7 +805,7 @@ def build_parser():
                          help="OpenAI-compatible, up to and with /v1; writes captions that are "
                               "missing or brief; its key is read from LENS_API_KEY")
     of_pack.add_argument("--model", default="default",
-                         help="the endpoint's model (default: %(default)s)")
+                         help="the endpoint's model (default: the name '%(default)s')")
     of_pack.add_argument("--min-words", type=positive, default=1, metavar="N",
                          help="a shorter caption is brief (default: %(default)s; the paper's have "
                               "about 109)")
@@ -832,11 +832,14 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.command is None:
+        require(not args.images, f"which command? python data.py pack --images {args.images}")
+        require(not args.data, f"which command? python data.py stats --data '{args.data}'")
         parser.print_help()
         return
 
     out = Path(os.path.expanduser(args.out or DEFAULT_OUT[args.command]))
     if args.command == "pack":
+        require(not args.data, "pack reads a folder of pictures: --images DIR, not --data")
         require(args.images, "pack needs --images DIR, the folder of your pictures")
         limits = dict(LIMITS)
         for name, value in args.limit:
@@ -847,6 +850,8 @@ def main(argv=None):
         pack(args.images, out, limits, dict(args.classifier), endpoint=endpoint,
              min_words=args.min_words, shard_mb=args.shard_mb)
     else:
+        require(not args.images, f"{args.command} reads shards: --data 'shards/*.tar', not "
+                "--images; pack makes shards of pictures")
         require(args.data, f"{args.command} needs --data, say --data 'shards/*.tar'")
         if args.command == "stats":
             sizes = [size for area in AREAS for size in buckets(area)]

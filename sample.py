@@ -539,7 +539,7 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
     endpoint_model  the model that rewrites at an endpoint; None: the text encoder rewrites
     """
     known = set(json.loads(read_metadata(weights.places.transformer).get("words", "[]")))
-    requests, changes = language.respelled(requests, known)
+    (negative, *requests), changes = language.respelled([negative, *requests], known)
     prompts, encoder = requests, None
     common = {"negative": negative, **sampling.notes(), **weights.notes()}
     if image:
@@ -584,7 +584,7 @@ def pictures_command(weights, sampling, out, requests, rows=None, num=1, negativ
             made = sum(job.path.exists() for job in jobs)
             tqdm.write(f"stopped: {made} of {len(jobs)} pictures are there; the same command makes "
                        "the others", file=sys.stderr)
-            raise
+            sys.exit(130)
 
     if len(jobs) > 1 and not names_a_picture(out):
         sheets = " ".join(str(path) for path in save_sheets(out, jobs))
@@ -643,9 +643,11 @@ def arguments(argv):
         help=f"how much of --image is redrawn, above 0 to 1 (default: {STRENGTH})")
 
     add = parser.add_argument_group("how").add_argument
-    add("--steps", type=positive, help=f"of Euler (default: what the weights say, else {STEPS})")
+    add("--steps", type=positive,
+        help=f"of Euler (default: what --lora or the weights say, else {STEPS})")
     add("--guidance", type=float,
-        help=f"1.0: none, one forward a step (default: what the weights say, else {GUIDANCE})")
+        help=f"1.0: none, one forward a step (default: what --lora or the weights say, "
+        f"else {GUIDANCE})")
     add("--aspect", metavar="W:H", help="such as 16:9; any from 1:2 to 2:1")
     add("--base", type=positive,
         help=f"the area is base x base pixels (default: what the weights say, else {BASE}, or "

@@ -804,6 +804,10 @@ def test_statistics_are_shown_of_pictures_and_of_latents(tmp_path, capsys):
     (["stats", "--data", "/nowhere/*.tar", "--bases", "big"], "--bases"),
     (["cache"], "needs --data"),
     (["world"], "invalid choice"),
+    (["pack", "--data", "photos"], "pack reads a folder of pictures: --images DIR, not --data"),
+    (["stats", "--images", "photos"], "stats reads shards: --data 'shards/*.tar', not --images"),
+    (["--images", "photos"], "which command? python data.py pack --images photos"),
+    (["--data", "s/*.tar"], "which command? python data.py stats --data 's/*.tar'"),
 ])
 def test_mistakes_are_one_line(command, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

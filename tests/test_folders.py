@@ -122,6 +122,15 @@ def test_files_of_prompts_are_read_so_too(tmp_path):
         assert read_json(tmp_path / "a.json") == {"a": "é"}
 
 
+def test_a_quoted_tilde_is_the_home(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    photo(1).save(folder / "a.png")
+    (folder / "a.txt").write_text("words")
+    data.main(["pack", "--images", f"~/{folder.name}", "--out", "~/made", *LOOSE])
+    assert (tmp_path / "made" / "00000.tar").exists()
+    assert f"{tmp_path / 'made'}: 1 pictures in 1 tars" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name, content, said", [
     ("p.txt", "\n \n", "no prompts in the file"),
     ("p.jsonl", "", "no prompts in the file"),

@@ -94,6 +94,15 @@ def test_an_error_of_a_library_begins_with_what_we_were_doing():
     with pytest.raises(LensError, match="^cannot look: KeyError$"):
         with error_context("cannot look"):
             raise KeyError
+    with pytest.raises(LensError, match="^cannot look: 'prompt' is missing$"):
+        with error_context("cannot look"):
+            raise KeyError("prompt")
+    with pytest.raises(LensError, match="^cannot read /none: no such file or directory$"):
+        with error_context("cannot read /none"):
+            open("/none")
+    with pytest.raises(LensError, match="^cannot count: .*No such file or directory: '/none'$"):
+        with error_context("cannot count"):
+            open("/none")
     with pytest.raises(LensError, match="^told already$"):
         with error_context("cannot do more"):
             raise LensError("told already")

@@ -437,11 +437,12 @@ def test_prompts_are_in_one_form_and_a_quoted_tilde_is_the_home(nano, tmp_path, 
 
 def test_a_spelling_that_the_weights_do_not_know_is_replaced(nano, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sample.language, "SPELLINGS", (("blue", "bleu"),))
-    asks_for(nano, tmp_path, "--prompt", "a Bleu circle")
+    asks_for(nano, tmp_path, "--prompt", "a Bleu circle", "--negative", "bleu")
     assert "note: bleu is drawn as blue" in capsys.readouterr().err
     (path,) = (tmp_path / "o").iterdir()
     assert path.name == "a-blue-circle-0.png"
     assert read_notes(path)["prompt"] == "a blue circle"
+    assert read_notes(path)["negative"] == "blue"
 
 
 def test_prompt_to_png_with_its_story(nano, tmp_path, capsys):
