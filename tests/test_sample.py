@@ -494,8 +494,9 @@ def test_pictures_are_written_as_they_are_made_and_not_made_again(nano, tmp_path
         return generate(prompts, *inputs, **how)
 
     monkeypatch.setattr(sample, "generate", generate_one)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as ended:
         asks_for(nano, tmp_path, *THREE)
+    assert ended.value.code == 130
     assert "stopped: 1 of 3 pictures are there" in capsys.readouterr().err
     first = written(tmp_path / "o")
     assert [path.name for path in first] == ["a-red-circle-0.png"]
