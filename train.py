@@ -603,21 +603,22 @@ class Schedule:
 class Output:
     """What a checkpoint needs beside the weights: the frozen parts, and notes."""
     parts: str                     # the folder or hub id of autoencoder and text encoder
-    vae: nn.Module
-    encoder: lens.TextEncoder
+    vae: nn.Module | None          # None, as the encoder: the inputs are cached
+    encoder: lens.TextEncoder | None
     guidance: float                # what pictures of these weights are sampled with
     settings: dict                 # what a resume must be given again, see check_same_run
     init: str | None = None        # the folder or hub id that an adapter changes
 
 
 def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, workers=4,
-                   parts=sample.TOY, init=None, lora=0, recompute="none", compiled=False,
+                   parts=None, init=None, lora=0, recompute="none", compiled=False,
                    fsdp=False, *, schedule):
     """Stages 1 and 2 of a size, as many as `stages` {number: Stage} names.
 
     steps     of each stage; None: the stage's own;  accumulate: micro-batches a rank and step
     pattern   of shards, as in --data; None: the toy world
-    parts     the folder or hub id of the autoencoder and the text encoder
+    parts     the folder or hub id of the autoencoder and the text encoder; None: the toy's, or
+              those that the shards were cached by
     init      weights to start from, a folder, file or hub id; None: random ones
     """
     config = lens.SIZES[size].transformer
@@ -626,12 +627,12 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     check_same_run(run.out, settings)
     check_no_other_weights(run.out, adapter=bool(lora))
 
-    # The frozen models, and the one that learns. The toy's parts are small enough for fp32.
-    dtype = torch.float32 if size in TOY_SIZES else None           # None: as they are stored
-    _, vae, encoder = load_pipeline(parts, run.device, dtype, parts=("vae", "text_encoder"))
-    require(config.in_channels == 4 * vae.config["latent_channels"],
-            f"--parts {parts}: its autoencoder is not the one that size {size} works with")
-    encoder.layers = config.selected_layer_index   # a folder of parts alone does not say which
+    # The frozen models, and the one that learns.
+    inputs = open_inputs(run, size, pattern, parts, init)
+    if inputs.vae is None and (schedule.preview_every or schedule.eval_every):
+        schedule = replace(schedule, preview_every=0, eval_every=0)
+        run.say("inputs are cached, so neither autoencoder nor text encoder is loaded: no previews "
+                "and no --eval-every; sample.py shows what a checkpoint makes")
     if init:
         denoiser = load_transformer(init, run.device, torch.float32)
         require(denoiser.config == config, f"--init {init}: its weights are not of size {size}")
@@ -665,9 +666,10 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
 
     count = sum(p.numel() for p in denoiser.parameters())
     run.say(f"{size}: {count:,} parameters on {run.ranks} x {run.device}; autoencoder and text "
-            f"encoder from {parts}\n{why}")
+            f"encoder from {inputs.parts}\n{why}")
     guidance = TOY_GUIDANCE if size in TOY_SIZES else sample.GUIDANCE
-    output = Output(str(parts), vae, encoder, guidance=guidance, settings=settings, init=init)
+    output = Output(inputs.parts, inputs.vae, inputs.encoder, guidance=guidance,
+                    settings=settings, init=init)
     log, notice = Log(run, progress.total), Notice()
     for number, stage in stages.items():
         if number < progress.stage:
@@ -677,12 +679,47 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
         stage = replace(stage, steps=steps or stage.steps)
         if progress.step < stage.steps:
             with rank_zero_first(run):
-                source = open_source(run, stage, number, vae=vae, encoder=encoder,
-                                     pattern=pattern, workers=workers, parts=parts)
+                source = open_source(run, stage, number, inputs, pattern, workers)
             train_stage(run, stage, source, learner=learner, progress=progress, output=output,
                         log=log, notice=notice, accumulate=accumulate, schedule=schedule)
     weights = f"--weights {init} --lora {run.out}" if lora else f"--weights {run.out}"
     run.say(f"done: python sample.py --eval {weights}")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What makes pictures and captions into what the denoiser learns from."""
+    parts: str                     # the folder or hub id of autoencoder and text encoder
+    vae: nn.Module | None          # None, as the encoder: all is cached
+    encoder: lens.TextEncoder | None
+    vae_hash: str | None = None    # what stored latents must have been made by
+    text_key: str | None = None    # what stored features must have been made by; None: not read
+
+
+def open_inputs(run, size, pattern, parts, init):
+    """-> Inputs. Of shards in which both latents and features are cached, neither model is loaded,
+    nor transformers imported."""
+    config = lens.SIZES[size].transformer
+    with rank_zero_first(run):                     # which makes the shards' indices
+        cached = None if pattern is None else data.cached_inputs(pattern)
+    if cached is None:
+        parts = str(parts or sample.TOY)
+        # The toy's parts are small enough for fp32.
+        dtype = torch.float32 if size in TOY_SIZES else None       # None: as they are stored
+        _, vae, encoder = load_pipeline(parts, run.device, dtype, parts=("vae", "text_encoder"))
+        require(config.in_channels == 4 * vae.config["latent_channels"],
+                f"--parts {parts}: its autoencoder is not the one that size {size} works with")
+        encoder.layers = config.selected_layer_index   # a folder of parts alone does not say which
+        vae_hash = None if pattern is None else vae_identity(parts)
+        return Inputs(parts, vae, encoder, vae_hash)
+
+    expected = (config.in_channels, config.enc_hidden_dim, config.selected_layer_index)
+    require((cached.channels, cached.width, cached.layers) == expected,
+            f"--data {pattern}: latents and prompt features, cached by {cached.weights}, are not "
+            f"what size {size} works with")
+    data.check_cached(cached, parts, init, config.selected_layer_index)
+    return Inputs(str(parts or cached.weights), vae=None, encoder=None, vae_hash=cached.vae_hash,
+                  text_key=cached.text_key)
 
 
 def text_tokens(size):
@@ -690,13 +727,14 @@ def text_tokens(size):
     return TOY_TEXT_TOKENS if size in TOY_SIZES else TEXT_TOKENS
 
 
-def open_source(run, stage, number, vae, encoder, pattern, workers, parts):
+def open_source(run, stage, number, inputs, pattern, workers):
     """A stage's source of batches: shards where there is a pattern, else the toy world."""
     if pattern is None:
         kept = run.out / f"world-{number}.safetensors"
-        return World(stage, run.seed, vae, encoder, kept, run.device)
-    return data.ShardSource(pattern, stage.sizes(), run.seed, vae, encoder, run.device, workers,
-                            vae_identity(parts), run.say)
+        return World(stage, run.seed, inputs.vae, inputs.encoder, kept, run.device)
+    return data.ShardSource(
+        pattern, stage.sizes(), run.seed, inputs.vae, inputs.encoder, run.device, workers,
+        inputs.vae_hash, run.say, text_key=inputs.text_key)
 
 
 def train_stage(run, stage, source, learner, progress, output, log, notice, accumulate, schedule):
@@ -951,7 +989,7 @@ def arguments(argv):
     add("--init", metavar="DIR_OR_REPO",
         help="start from these weights, not from random ones; a denoiser's file too")
     add("--data", metavar="GLOB", help="shards of `data.py pack` or `cache`, say 'shards/*.tar' "
-        "(default: the toy world)")
+        "(default: the toy world); of `cache --text`, --parts are not loaded")
     add("--lora", type=not_negative, default=0, metavar="RANK",
         help="train an adapter over --init instead of all weights")
     add("--seed", type=seed_number, default=0)
@@ -1005,10 +1043,10 @@ def main(argv=None):
     run = start_run(args.out, args.seed, args.device)
     require(run.ranks > 1 or not args.fsdp, "--fsdp shares weights among processes: start it with "
             "torchrun --nproc-per-node N train.py ...")
-    parts = args.parts or (args.out if has_parts(args.out) else sample.TOY)
+    parts = args.parts or (args.out if has_parts(args.out) else None)
     if args.export:
         if run.rank == 0:                          # small work, for one process
-            export(run, args.export, parts)
+            export(run, args.export, parts or sample.TOY)
         return
     on_gpu = run.device != "cpu"
     train_denoiser(

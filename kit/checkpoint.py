@@ -324,6 +324,13 @@ def vae_identity(path_or_repo):
     return file_hash(files[0])
 
 
+def content_hash(folder, part):
+    """A hash of all that the files of a part hold, the same wherever they lie."""
+    files, _ = locate(folder, part)
+    hashes = [file_hash(file) for file in files]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]
+
+
 # --- Filling a model with stored tensors ----------------------------------------------------------
 
 # Single files of other tools write one of these before each tensor's name.
@@ -574,8 +581,8 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE):
     check_part(path, "text_encoder")
     folder = part_folder(path, "text_encoder")
     tokenizer_folder = part_folder(path, "tokenizer")
-    layers = layers_read_by_denoiser(path)
     config = read_json(folder / "config.json")
+    layers = layers_read_by_denoiser(path, config.get("hidden_size"))
     model_class, _ = text_model_classes(config.get("model_type"))
 
     options = dict(dtype=dtype or "auto", local_files_only=True, output_loading_info=True,
@@ -601,14 +608,16 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE):
     return TextEncoder(model.to(device), tokenizer, layers, date)
 
 
-def layers_read_by_denoiser(path):
-    """Which layers of the text encoder the pipeline's denoiser reads; the released ones where it
-    does not say."""
+def layers_read_by_denoiser(path, width):
+    """Which layers of the text encoder the pipeline's denoiser reads; where it does not say, those
+    of the size in SIZES with an encoder of this width, else the released ones."""
     for folder in with_bases(path):                # a folder of parts alone has no denoiser
         beside = folder / "transformer" / "config.json"
         if beside.exists():
             return LensConfig.from_dict(read_json(beside)).selected_layer_index
-    return LensConfig().selected_layer_index
+    layers = {c.enc_hidden_dim: c.selected_layer_index
+              for c in (size.transformer for size in SIZES.values())}
+    return layers.get(width, LensConfig().selected_layer_index)
 
 
 def mxfp4_options(device):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import lens
-from kit.checkpoint import identity, load_pipeline, locate, part_folder
+from kit.checkpoint import content_hash, identity, load_pipeline, locate, part_folder
 from kit.files import LensError, error_context, file_hash, open_safetensors, write_safetensors
 
 CACHE_BYTES = 4 * 2**30  # about 1,200 prompts at full size
@@ -49,12 +49,18 @@ def cached_features(folder, prompts, device, dtype, date=lens.DATE, cache="", en
     return features
 
 
-def feature_key(folder, dtype, date):
+def feature_key(folder, dtype, date, layers=None, by_content=False):
     """What features depend on beside the prompt: the encoder's weights, its tokenizer, the layers
-    that are read, the chat form around the prompt, its date, and the precision."""
-    layers = denoiser_config(folder).selected_layer_index
+    that are read, the chat form around the prompt, its date, and the precision.
+
+    layers      None: those that the folder's denoiser reads
+    by_content  the weights' files are read whole: slow, but the key is then the same wherever they
+                lie, as features in shards need it, which are carried to other machines
+    """
+    layers = layers or denoiser_config(folder).selected_layer_index
     tokenizer = part_folder(Path(folder), "tokenizer") / "tokenizer.json"
-    parts = (identity(folder, "text_encoder"),
+    encoder = content_hash if by_content else identity
+    parts = (encoder(folder, "text_encoder"),
              file_hash(tokenizer) if tokenizer.exists() else "", layers, lens.CHAT, date, dtype)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
