@@ -120,6 +120,10 @@ TEXT_TOKENS = (sample.USUAL_TEXT, 415)
 
 TOY_SIZES = ("nano", "toy")       # sizes of lens.SIZES that are made for the toy world
 
+# [ours] What the frozen weights under an adapter are kept in: fp32; bf16, half of it; fp8, bf16 but
+# for the blocks' matrices, which are 8 bits and unpacked when they are used. The adapter is fp32.
+BASE_DTYPES = ("fp32", "bf16", "fp8")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -612,7 +616,7 @@ class Output:
 
 def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, workers=4,
                    parts=None, init=None, lora=0, recompute="none", compiled=False,
-                   fsdp=False, *, schedule):
+                   fsdp=False, base_dtype="fp32", *, schedule):
     """Stages 1 and 2 of a size, as many as `stages` {number: Stage} names.
 
     steps     of each stage; None: the stage's own;  accumulate: micro-batches a rank and step
@@ -620,10 +624,13 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     parts     the folder or hub id of the autoencoder and the text encoder; None: the toy's, or
               those that the shards were cached by
     init      weights to start from, a folder, file or hub id; None: random ones
+    base_dtype    of what is frozen under an adapter, one of BASE_DTYPES
     """
     config = lens.SIZES[size].transformer
     settings = {"--size": size, "--seed": run.seed, "--init": init, "--lora": lora,
-                "--data": "the toy world" if pattern is None else "shards"}
+                "--data": "the toy world" if pattern is None else "shards",
+                # None: what runs had before there was a choice.
+                "--base-dtype": None if base_dtype == "fp32" else base_dtype}
     check_same_run(run.out, settings)
     check_no_other_weights(run.out, adapter=bool(lora))
 
@@ -634,7 +641,8 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
         run.say("inputs are cached, so neither autoencoder nor text encoder is loaded: no previews "
                 "and no --eval-every; sample.py shows what a checkpoint makes")
     if init:
-        denoiser = load_transformer(init, run.device, torch.float32)
+        dtype = torch.float32 if base_dtype == "fp32" else torch.bfloat16
+        denoiser = load_transformer(init, run.device, dtype, packed=base_dtype == "fp8")
         require(denoiser.config == config, f"--init {init}: its weights are not of size {size}")
     else:
         denoiser = lens.build(size, run.seed).to(run.device)
@@ -643,7 +651,9 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     kept = kept_progress(run.out)
     home = max(stage.home for stage in stages.values())
     usual_text, _ = text_tokens(size)
-    why = choose(run, config, (home // 16)**2 + usual_text, kept)
+    # Over a base in bf16 or less, products are in bf16.
+    asked = None if base_dtype == "fp32" else "bf16"
+    why = choose(run, config, (home // 16)**2 + usual_text, kept, asked)
     use_attention(run.attention)
 
     # One learner for all stages, which share betas and Muon. A label head stays in stage 2 too,
@@ -665,8 +675,9 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     progress.with_labels = with_labels
 
     count = sum(p.numel() for p in denoiser.parameters())
-    run.say(f"{size}: {count:,} parameters on {run.ranks} x {run.device}; autoencoder and text "
-            f"encoder from {inputs.parts}\n{why}")
+    frozen = f", frozen ones in {base_dtype}," if lora else ""
+    run.say(f"{size}: {count:,} parameters{frozen} on {run.ranks} x {run.device}; autoencoder and "
+            f"text encoder from {inputs.parts}\n{why}")
     guidance = TOY_GUIDANCE if size in TOY_SIZES else sample.GUIDANCE
     output = Output(inputs.parts, inputs.vae, inputs.encoder, guidance=guidance,
                     settings=settings, init=init)
@@ -977,6 +988,13 @@ def pictures_by_area(text):
     return numbers
 
 
+def usual_base_dtype(size, lora, fsdp=False):
+    """What of BASE_DTYPES a run has where nothing is asked for."""
+    if lora and not fsdp and size not in TOY_SIZES:
+        return "bf16"
+    return "fp32"
+
+
 def arguments(argv):
     parser = Parser("Train the denoiser by flow matching. The same command again resumes.", __doc__)
     add = parser.add_argument_group("what").add_argument
@@ -992,6 +1010,8 @@ def arguments(argv):
         "(default: the toy world); of `cache --text`, --parts are not loaded")
     add("--lora", type=not_negative, default=0, metavar="RANK",
         help="train an adapter over --init instead of all weights")
+    add("--base-dtype", choices=BASE_DTYPES, help="of --init under --lora (default: bf16; fp32 for "
+        "the toy's sizes and with --fsdp); tools/budget.py lora says what fits")
     add("--seed", type=seed_number, default=0)
     add("--export", metavar="DIR",
         help="train nothing: score what --out holds and write it there in bf16, to ship")
@@ -1040,7 +1060,14 @@ def main(argv=None):
     require(args.init or not args.lora,
             "--lora trains an adapter over trained weights: name them with --init")
 
+    require(args.lora or args.base_dtype is None,
+            "--base-dtype is of what is frozen under an adapter: with --lora alone")
+    base_dtype = args.base_dtype or usual_base_dtype(args.size, args.lora, args.fsdp)
+    require(base_dtype == "fp32" or not args.fsdp, f"--base-dtype {base_dtype}: not with --fsdp, "
+            "which shares out weights of one type, fp32")
+
     run = start_run(args.out, args.seed, args.device)
+    require(base_dtype != "fp8" or run.ranks == 1, "--base-dtype fp8 is for one process")
     require(run.ranks > 1 or not args.fsdp, "--fsdp shares weights among processes: start it with "
             "torchrun --nproc-per-node N train.py ...")
     parts = args.parts or (args.out if has_parts(args.out) else None)
@@ -1048,12 +1075,16 @@ def main(argv=None):
         if run.rank == 0:                          # small work, for one process
             export(run, args.export, parts or sample.TOY)
         return
-    on_gpu = run.device != "cpu"
+    compiled = args.compile
+    if compiled is None:
+        compiled = run.device != "cpu"
+        if compiled and base_dtype == "fp8":       # Triton unpacks e4m3 on GPUs from 8.9 on alone
+            compiled = torch.cuda.get_device_capability(run.device) >= (8, 9)
     train_denoiser(
         run, args.size, stages, steps=args.steps, accumulate=args.accumulate, pattern=args.data,
         workers=args.workers, parts=parts, init=args.init, lora=args.lora,
-        recompute=args.recompute, compiled=on_gpu if args.compile is None else args.compile,
-        fsdp=args.fsdp,
+        recompute=args.recompute, compiled=compiled,
+        fsdp=args.fsdp, base_dtype=base_dtype,
         schedule=Schedule(save_every=args.save_every, eval_every=args.eval_every,
                           preview_every=args.preview_every))
 

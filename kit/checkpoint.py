@@ -39,6 +39,7 @@ from kit.files import (
     write_json,
     write_safetensors,
 )
+from kit.fp8 import PackedLinear, e4m3, pack_blocks
 from kit.lora import LORA_KEY, LORA_NAMES, LORA_TARGETS, add_lora, merge_lora
 from kit.run import whole
 from lens import DATE, SIZES, LensConfig, LensTransformer, TextEncoder, text_model_classes
@@ -415,15 +416,25 @@ def fill(module, file, tensors, scales, device, dtype):
 
     file: for the error alone. dtype None keeps what is stored (fp8 becomes bf16). Tensors are moved
     one by one, so the host's memory never holds a second copy. LensError names tensors that are
-    missing, left over, or of another shape.
+    missing, left over, or of another shape. The weight of a PackedLinear stays in 8 bits, if it is
+    stored so.
     """
     wanted = module.state_dict()
+    packed = {}                                    # {name of a weight: name of its rows' scales}
+    for name, layer in module.named_modules():
+        if isinstance(layer, PackedLinear):
+            packed[f"{name}.weight"] = f"{name}.scale"
+            del wanted[f"{name}.scale"]
     check_names(file, tensors.keys(), scales.keys(), wanted.keys())
     check_shapes(file, tensors, wanted)
 
     state = {}
     for name, where in tensors.items():
-        value = read_tensor(where, scales.get(name), dtype)
+        if name in packed:
+            value, row_scales = read_packed(where, scales.get(name))
+            state[packed[name]] = row_scales.to(device)
+        else:
+            value = read_tensor(where, scales.get(name), dtype)
         state[name] = value.to(device)
     module.load_state_dict(state, assign=True)
     return module.eval()
@@ -490,14 +501,28 @@ def read_tensor(where, scale, dtype):
     return value
 
 
+def read_packed(where, scale):
+    """A stored matrix -> (its numbers in e4m3 [out, in], a scale a row [out] fp32). What is e4m3 in
+    the file stays as it is, with its own scales."""
+    if where.kind != "F8_E4M3":
+        value, row_scales = e4m3(read_tensor(where, scale, torch.float32), dim=1)
+        return value, row_scales[:, 0]
+    value = where.read()
+    row_scales = torch.ones(len(value))
+    if scale is not None:
+        row_scales = row_scales * scale.read().float().reshape(-1)     # one in all, or one a row
+    return value, row_scales
+
+
 # --- The parts ------------------------------------------------------------------------------------
 
-def load_transformer(path, device="cpu", dtype=None, config=None):
+def load_transformer(path, device="cpu", dtype=None, config=None, packed=False):
     """The denoiser, from a pipeline's folder with its adapters merged, from its own folder, or a
     single file; or from a hub id.
 
     dtype None keeps what is stored (fp8 becomes bf16). config None: what the files say of
-    themselves, else what their shapes tell.
+    themselves, else what their shapes tell. packed: the blocks' matrices are kept in 8 bits, see
+    kit.fp8.pack_blocks.
     """
     path = fetch(path, ("transformer",))
     files, stored_config = locate(path, "transformer")
@@ -510,9 +535,14 @@ def load_transformer(path, device="cpu", dtype=None, config=None):
             config = config_from_shapes(files[0], shapes)
     with torch.device("meta"):
         model = LensTransformer(config)
+    adapters = adapters_of(path)
+    if packed and not adapters:
+        pack_blocks(model)                         # before it is filled: never larger than it stays
     fill(model, files[0], tensors, scales, device, dtype)
-    for adapter in adapters_of(path):
+    for adapter in adapters:
         merge_lora(model, adapter)
+    if packed and adapters:
+        pack_blocks(model)
     return model
 
 
