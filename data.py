@@ -5,6 +5,7 @@ Read before: vae.py for what a picture becomes, kit/images.py for how one is rea
     python data.py pack --images photos --out shards     # pictures + captions -> cleaned tar shards
     python data.py stats --data 'shards/*.tar'           # sizes, captions, speed, a contact sheet
     python data.py cache --data 'shards/*.tar' --weights DIR_OR_REPO --out latents   # encoded once
+    python data.py cache --data 'shards/*.tar' --weights DIR_OR_REPO --text --out latents    # all
 
 The story in one paragraph: `pack` reads a folder of pictures with captions, leaves out what the
 paper leaves out, and writes tar files. `Shards` finds every sample in them without unpacking any,
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections import Counter
@@ -34,11 +36,14 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+import lens
 from kit.chat import Endpoint
 from kit.checkpoint import load_pipeline
+from kit.features import feature_key
 from kit.files import (
     LensError,
     Parser,
@@ -66,8 +71,17 @@ from kit.images import (
     to_images,
 )
 from kit.pack import CLASSIFIED, LIMITS, Classifier, pack
-from kit.places import vae_identity
-from kit.run import make_loader
+from kit.places import (
+    add_part_flags,
+    expanded,
+    fetch,
+    fetch_places,
+    gather,
+    has_parts,
+    locate,
+    vae_identity,
+)
+from kit.run import any_attention, make_loader
 from kit.tars import Part, fill_tar, find_files, read, tar_parts
 from kit.tars import words_of as captions_and_notes
 
@@ -272,9 +286,11 @@ class FaultCount:
 
 # --- Shards ---------------------------------------------------------------------------------------
 
-# Ending of what `cache` writes in a picture's place: its tokens, in bf16. The files say "latent",
-# so the word stays, though elsewhere in the code a latent has not been cut into tokens yet.
+# Endings of what `cache` writes. In a picture's place: its tokens, in bf16. The files say "latent",
+# so the word stays, though elsewhere in the code a latent has not been cut into tokens yet. Beside
+# it: the features of its captions, one after the other, in bf16.
 LATENT = ".latent"
+FEATURES = ".features"
 
 # What the index knows of a sample, one column each. A member that is missing has 0 bytes.
 COLUMNS = np.dtype([
@@ -287,11 +303,18 @@ COLUMNS = np.dtype([
     ("txt_bytes", np.int64),
     ("height", np.int64),             # of the picture, in pixels
     ("width", np.int64),
+    ("features_offset", np.int64),
+    ("features_bytes", np.int64),
+    ("is_latent", np.int64),          # 1: the picture is a latent
+    ("length", np.int64),             # of the captions with their notes, in bytes
 ])
+# The columns that tell data sets apart: those from before there were features, since a run that
+# began then must go on.
+TELLING = COLUMNS.names[:9]
 
 
 # Of the rules by which an index is made. Where they change, this does, and old ones are made again.
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 
 
 def index(path):
@@ -341,11 +364,16 @@ def index_sample(parts):
         with contextlib.suppress(Fault):
             width, height = stored_size(parts[ending])
 
-    row = {"height": height, "width": width}
-    for name, member in (("picture", ending), ("json", ".json"), ("txt", ".txt")):
+    row = {"height": height, "width": width, "is_latent": int(ending == LATENT)}
+    members = (("picture", ending), ("json", ".json"), ("txt", ".txt"), ("features", FEATURES))
+    for name, member in members:
         part = parts.get(member, Part("", 0, 0))
         row[f"{name}_offset"] = part.offset
         row[f"{name}_bytes"] = part.length
+    row["length"] = max(row["json_bytes"], row["txt_bytes"])
+    # What is cached keeps the length that it had, and so its place in the plan.
+    if ending == LATENT and is_side(notes.get("length")):
+        row["length"] = notes["length"]
     return [row[name] for name in COLUMNS.names if name != "shard"]
 
 
@@ -371,6 +399,7 @@ class Reading(NamedTuple):
     pixels: np.ndarray        # uint8 [B, H, W, 3]; or a latent's bf16 bits, uint8 [B, h*w * C * 2]
     captions: list            # [B] str
     faults: list              # one line for each sample that was replaced
+    features: list            # [B] bf16 bits, int16 [K, S, E]; or None each
 
 
 class Shards:
@@ -381,6 +410,7 @@ class Shards:
     seed      of crops and captions
     vae_hash  kit.checkpoint.vae_identity of the autoencoder that is used, to know stale latents by;
               None: nobody decodes them
+    text_key  `text_key` of the text encoder, likewise; None: stored features are not read
 
     rows      [n] of COLUMNS: one array, whose memory workers share with the parent. (Reading a
               list changes its members' reference counts, which would copy its memory.)
@@ -391,11 +421,12 @@ class Shards:
     A sample that cannot be read is replaced by the next of its bucket, and named in the faults.
     """
 
-    def __init__(self, pattern, sizes, seed=0, vae_hash=None):
+    def __init__(self, pattern, sizes, seed=0, vae_hash=None, text_key=None):
         self.paths = find_files(pattern)
         self.sizes = sorted_by_area(sizes)
         self.seed = seed
         self.vae_hash = vae_hash
+        self.text_key = text_key
 
         rows = []
         faults = Counter()
@@ -412,17 +443,19 @@ class Shards:
 
         self.rows = np.array(rows, COLUMNS)
         self.buckets = choose_buckets(self.rows["height"], self.rows["width"], self.sizes)
-        self.lengths = np.maximum(self.rows["json_bytes"], self.rows["txt_bytes"])
+        self.lengths = self.rows["length"]
 
         names = json.dumps([Path(path).name for path in self.paths])
-        self.digest = hashlib.sha256(names.encode() + self.rows.tobytes()).hexdigest()[:16]
+        telling = np.stack([self.rows[name] for name in TELLING], axis=1)          # [n, 9]
+        self.digest = hashlib.sha256(names.encode() + telling.tobytes()).hexdigest()[:16]
 
     def parts(self, i):
-        """{"picture", ".json", ".txt": Part} of sample i, as far as they are there."""
+        """{"picture", "features", ".json", ".txt": Part} of sample i, as far as they are there."""
         row = self.rows[i]
         path = self.paths[row["shard"]]
         found = {}
-        for name, column in (("picture", "picture"), (".json", "json"), (".txt", "txt")):
+        for name in ("picture", "features", ".json", ".txt"):
+            column = name.removeprefix(".")
             offset, length = int(row[f"{column}_offset"]), int(row[f"{column}_bytes"])
             if length > 0:
                 found[name] = Part(path, offset, length)
@@ -432,23 +465,44 @@ class Shards:
         return Path(self.paths[self.rows["shard"][i]]).name
 
     def sample(self, i, size, epoch):
-        """Sample i as that epoch shows it: (pixels or bits of a latent, caption). Raises Fault.
-        Crop and caption are drawn from (seed, epoch, i)."""
+        """Sample i as that epoch shows it: (pixels or bits of a latent, caption, bits of its
+        features or None). Raises Fault. Crop and caption are drawn from (seed, epoch, i)."""
         rng = np.random.default_rng((self.seed, epoch, int(i)))
         parts = self.parts(i)
         captions, notes = captions_and_notes(parts)
         blob = read(parts["picture"])
 
+        # A latent's crop is settled, but drawn all the same: the caption is then the one that the
+        # picture would get.
+        where = rng.random(2)
         latent_of = notes.get("latent")            # [vae_hash, height, width]
         if latent_of is None:
-            pixels = np.asarray(read_picture(blob, size, where=rng.random(2)))
+            pixels = np.asarray(read_picture(blob, size, where=where))
         else:
             self.check_latent(i, latent_of, size)
             pixels = np.frombuffer(blob, np.uint8)
 
         if not captions:
             raise Fault("no caption")
-        return pixels, captions[rng.integers(len(captions))]
+        chosen = rng.integers(len(captions))
+        features = None
+        if self.text_key is not None:
+            features = self.features(i, parts, notes, chosen)
+        return pixels, captions[chosen], features
+
+    def features(self, i, parts, notes, chosen):
+        """The bf16 bits of one caption's features, int16 [K, S, E]. chosen: its number."""
+        stored = notes.get("features", {})
+        require(stored.get("key") == self.text_key,
+                f"{self.file_name(i)} holds prompt features of another text encoder, tokenizer or "
+                "chat form, or of other layers: run `data.py cache --text` again")
+        layers, width, counts = len(stored["layers"]), stored["width"], stored["tokens"]
+        token = 2 * layers * width                                    # bytes of one
+        begin = parts["features"].offset + token * sum(counts[:chosen])
+        bits = read(Part(parts["features"].path, begin, token * counts[chosen]))
+        if len(bits) < token * counts[chosen]:
+            raise Fault("features end early")
+        return np.frombuffer(bits, np.int16).reshape(layers, counts[chosen], width).copy()
 
     def check_latent(self, i, made_for, size):
         """LensError where a latent is of another autoencoder or bucket. made_for: [vae_hash,
@@ -480,12 +534,13 @@ class Shards:
 
     def __getitem__(self, planned):
         bucket, samples, epoch = planned
-        pixels, captions, faults = [], [], []
+        pixels, captions, faults, features = [], [], [], []
         for i in samples:
-            picture, caption = self.sample_or_next(i, self.sizes[bucket], epoch, faults)
+            picture, caption, own = self.sample_or_next(i, self.sizes[bucket], epoch, faults)
             pixels.append(picture)
             captions.append(caption)
-        return Reading(np.stack(pixels), captions, faults)
+            features.append(own)
+        return Reading(np.stack(pixels), captions, faults, features)
 
 
 # --- Sources of batches ---------------------------------------------------------------------------
@@ -507,11 +562,18 @@ class ErrorsAsResults:
 class ShardSource:
     """A Source: tar shards, read by workers while the last batch trains, encoded by frozen models.
 
-    pattern, sizes, seed, vae_hash  as Shards has them        vae, encoder  on `device`
+    pattern, sizes, seed, vae_hash, text_key  as Shards has them
+    vae, encoder  on `device`; None both where latents and features are cached (text_key is given)
+
+    A picture and a caption are encoded each by itself, and rounded to bf16, as `cache` stores them:
+    what a run learns from depends neither on the batch (other shapes are summed in another order)
+    nor on whether it was cached. Without the rounding an encoder in fp32, as the toy's, would say
+    more here than its cache; one in bf16 loses nothing.
     """
 
-    def __init__(self, pattern, sizes, seed, vae, encoder, device, workers, vae_hash, say=print):
-        self.shards = Shards(pattern, sizes, seed, vae_hash)
+    def __init__(self, pattern, sizes, seed, vae, encoder, device, workers, vae_hash, say=print,
+                 text_key=None):
+        self.shards = Shards(pattern, sizes, seed, vae_hash, text_key)
         self.sizes = self.shards.sizes
         self.buckets = self.shards.buckets
         self.digest = self.shards.digest
@@ -524,6 +586,7 @@ class ShardSource:
         self.workers = workers
         say(f"{len(self.buckets):,} samples in {len(self.shards.paths)} shards; "
             f"left out: {dict(self.shards.faults) or 'nothing'}")
+        some_have(self.shards, "is_latent", "latents", f"--data {pattern}")
 
     def lengths(self, epoch):
         return self.shards.lengths
@@ -541,31 +604,73 @@ class ShardSource:
                 if isinstance(reading, LensError):
                     raise reading
 
-                tokens = self.encode_pixels(reading.pixels)
-                text, mask = text_and_mask(self.encoder, reading.captions)
-                yield Batch(samples, epoch, grid_of(self.sizes[bucket]), text, mask,
+                grid = grid_of(self.sizes[bucket])
+                tokens = self.encode_pixels(reading.pixels, grid)
+                if self.encoder is None:
+                    features = [torch.as_tensor(bits).view(torch.bfloat16)
+                                for bits in reading.features]
+                else:
+                    features = [encode_caption(self.encoder, caption)
+                                for caption in reading.captions]
+                text, mask = padded(features)
+                yield Batch(samples, epoch, grid, text, mask,
                             tokens=tokens, faults=reading.faults)
         finally:
             # Ends the workers now. An error's traceback would keep the loader for the garbage
             # collector, which closes their pipes first and then waits five seconds for each.
             del loader
 
-    def encode_pixels(self, pixels):
+    def encode_pixels(self, pixels, grid):
         """A Reading's pixels as a tensor, pictures or latents that `cache` wrote, -> tokens
-        [B, h*w, C] fp32 on the device."""
+        [B, h*w, C] fp32 on the device. grid: (h, w)"""
         if pixels.ndim == 4:
-            return encode_pictures(self.vae, pixels, self.device).float()
+            return torch.stack([encode_picture(self.vae, picture, self.device)
+                                for picture in pixels]).float()
 
-        channels = 4 * self.vae.config["latent_channels"]             # of a token: 2 x 2 folded
-        tokens = pixels.view(torch.bfloat16).view(len(pixels), -1, channels)
+        rows, columns = grid
+        tokens = pixels.view(torch.bfloat16).view(len(pixels), rows * columns, -1)
         return tokens.to(self.device).float()
 
 
 @torch.no_grad()
-def encode_pictures(vae, pixels, device):
-    """uint8 [B, H, W, 3] -> tokens [B, h*w, C] on the device, in the autoencoder's type."""
-    mean, _ = vae.encode(to_images(pixels, device))
-    return vae.to_tokens(mean)
+def encode_picture(vae, pixels, device):
+    """uint8 [H, W, 3] -> tokens [h*w, C] bf16, on the device."""
+    images = to_images(pixels[None], device).to(next(vae.parameters()).dtype)
+    with any_attention():                          # training chooses a kernel for its own blocks
+        mean, _ = vae.encode(images)
+        return vae.to_tokens(mean)[0].bfloat16()
+
+
+def encode_caption(encoder, caption):
+    """-> its features [K, S, E] bf16, on the encoder's device."""
+    with any_attention():
+        (features,) = encoder.encode_each([caption])
+    return features.bfloat16()
+
+
+def padded(features):
+    """[[K, S, E]] of captions -> text K x [B, S, E] fp32, mask [B, S] bool, as a Batch holds
+    them."""
+    counts = torch.tensor([own.shape[1] for own in features])                      # [B]
+    longest = int(counts.max())
+    same_length = [F.pad(own, (0, 0, 0, longest - own.shape[1])) for own in features]
+    text = torch.stack(same_length, 1).float()                                     # [K, B, S, E]
+    return list(text), torch.arange(longest) < counts[:, None]
+
+
+def encoder_dtype(weights):
+    """What autoencoder and text encoder, Places or a name, compute in when they encode for
+    training: fp32 for the toy's, which are small enough; None: as they are stored."""
+    _, config = locate(fetch(gather(weights).vae, ("vae",)), "vae")
+    full = lens.SIZES["full"].vae["latent_channels"]
+    channels = (config or {}).get("latent_channels", full)
+    return torch.float32 if channels < full else None
+
+
+def text_key(weights, layers):
+    """What features in shards depend on beside the caption. layers: those that are read."""
+    places = fetch_places(gather(weights), ("vae", "text_encoder"))
+    return feature_key(places, encoder_dtype(weights), lens.DATE, layers, by_content=True)
 
 
 class CaptionSource:
@@ -593,18 +698,92 @@ class CaptionSource:
             yield Batch(samples, epoch, grid_of(self.sizes[bucket]), text, mask)
 
 
-# --- Caching: pictures encoded once ---------------------------------------------------------------
+# --- What is cached already -----------------------------------------------------------------------
 
-def cache(pattern, sizes, weights, out):
-    """Shards again, each picture as the tokens of its centre crop, for sets small enough to keep.
+class CachedInputs(NamedTuple):
+    """What shards hold in which every picture and every caption is encoded."""
+    weights: str              # the folder or hub id of the parts that encoded them
+    vae_hash: str
+    channels: int             # of a token
+    text_key: str
+    layers: tuple             # of the text encoder
+    width: int                # of the text encoder
 
-    sizes   of the buckets; None: those of the model that the autoencoder belongs to
-    What is there already of the same tar, buckets and autoencoder is kept. Pictures that cannot be
-    read are named on stderr, counted, and left out.
+
+def cached_inputs(pattern):
+    """-> CachedInputs of shards that `cache --text` wrote, or None of others. LensError where some
+    hold features and some do not."""
+    shards = Shards(pattern, [(CELL, CELL)])
+    if not some_have(shards, "features_bytes", "prompt features", f"--data {pattern}"):
+        return None
+    _, notes = captions_and_notes(shards.parts(0))
+    vae_hash, height, width = notes["latent"]
+    rows, columns = grid_of((height, width))
+    features = notes["features"]
+    return CachedInputs(
+        weights=features["weights"],
+        vae_hash=vae_hash,
+        channels=int(shards.rows["picture_bytes"][0]) // (2 * rows * columns),
+        text_key=features["key"],
+        layers=tuple(features["layers"]),
+        width=features["width"])
+
+
+def some_have(shards, column, what, data):
+    """Whether samples have something by a column of the index. LensError where some do and some do
+    not. data: how the user named them."""
+    has = shards.rows[column] > 0
+    if has.all() or not has.any():
+        return bool(has.any())
+    without = np.flatnonzero(~has)
+    raise LensError(f"{data}: {len(without)} of {len(has)} samples hold no {what}, the first of "
+                    f"them in {shards.file_name(without[0])}, the others do: cache all of them "
+                    "alike, or name one kind alone")
+
+
+def check_cached(cached, parts, init, layers):
+    """LensError where inputs were cached by other weights than those that the user names, with
+    --parts or as --init, where these are here and have an autoencoder and a text encoder.
+
+    parts, init  Places or a name, or None;  layers: of the text encoder that the denoiser reads
+    """
+    for named in (parts, init):
+        # Of a hub id they would be downloaded for this alone, 14 GB of them.
+        if named and has_both(gather(named)):
+            by = f"(cached by {cached.weights}): run `data.py cache --text` again"
+            require(cached.vae_hash == vae_identity(gather(named).vae),
+                    f"--data holds latents of another autoencoder than {named} has {by}")
+            require(cached.text_key == text_key(named, layers),
+                    "--data holds prompt features of another text encoder, tokenizer, chat form "
+                    f"or layers than {named} has {by}")
+            return
+
+
+def has_both(places):
+    """Whether an autoencoder and a text encoder are on this machine."""
+    paths = [expanded(places.vae), expanded(places.text_encoder)]
+    apart = paths[0] != paths[1]
+    return all(path.exists() for path in paths) and (apart or has_parts(paths[0]))
+
+
+# --- Caching: pictures and captions encoded once --------------------------------------------------
+
+def cache(pattern, sizes, weights, out, with_text=False):
+    """Shards again, each picture as the tokens of its centre crop, for sets small enough to keep;
+    with_text: each of its captions as its features, too.
+
+    sizes    of the buckets; None: those of the model that the autoencoder belongs to
+    weights  Places of autoencoder and text encoder, or the name of both
+
+    What is there already of the same tar, buckets, autoencoder and text encoder is kept. Pictures
+    that cannot be read are named on stderr, counted, and left out. The others keep their order, so
+    that a run draws for each what it would draw without the cache.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae_hash = vae_identity(weights)
-    _, vae, _ = load_pipeline(weights, device, torch.float32, parts=("vae",))
+    parts = ("vae", "text_encoder") if with_text else ("vae",)
+    weights = gather(weights)
+    vae_hash, dtype = vae_identity(weights.vae), encoder_dtype(weights)
+    _, vae, encoder = load_pipeline(weights, device, dtype, parts=parts)
     shards = Shards(pattern, sizes or usual_sizes(vae))
     folders = {Path(path).resolve().parent for path in shards.paths}
     require(Path(out).resolve() not in folders,
@@ -618,22 +797,33 @@ def cache(pattern, sizes, weights, out):
                         "trained on with the others: remove them, or give another folder")
     check_writable(out)
 
-    fresh = 0
-    faults = []
-    with tqdm(total=len(shards.rows), desc="encoding", unit="picture") as bar:
-        for number, path in enumerate(shards.paths):
-            target = Path(out) / Path(path).name
-            # What the latents depend on. Sizes as lists, as JSON gives them back.
-            key = [file_hash(path), vae_hash, *map(list, shards.sizes), "centre, colours of sRGB"]
-            members = np.flatnonzero(shards.rows["shard"] == number)
-            if cached_key(target) == key:
-                fresh += 1
-                bar.update(len(members))
-                continue
+    features = None                                # notes on them
+    if with_text:
+        features = {
+            "key": text_key(weights, encoder.layers),
+            "weights": str(weights),
+            "layers": list(encoder.layers),
+            "width": encoder.model.config.hidden_size}
+    keys = []
+    for path in shards.paths:
+        # What is stored depends on these. Sizes as lists, as JSON gives them back.
+        keys.append([file_hash(path), vae_hash, *map(list, shards.sizes), str(dtype),
+                     "centre, colours of sRGB, in order", features and features["key"]])
+    stale = [number for number, path in enumerate(shards.paths)
+             if cached_key(Path(out) / Path(path).name) != keys[number]]
+    to_encode = np.flatnonzero(np.isin(shards.rows["shard"], stale))
+    check_room(shards, to_encode, channels=4 * vae.config["latent_channels"], encoder=encoder,
+               out=out)
 
-            latents = encoded(shards, members, vae, device, vae_hash, key, faults, bar)
-            numbered = enumerate(latents)          # the numbers are the names in the tar
-            write = functools.partial(fill_tar, samples=numbered)
+    faults = []
+    with tqdm(total=len(to_encode), desc="encoding", unit="picture") as bar:
+        for number in stale:
+            members = np.flatnonzero(shards.rows["shard"] == number)
+            notes = {"latent": vae_hash, "features": features, "key": keys[number]}
+            samples = encoded(shards, members, vae, encoder, device, notes, faults, bar)
+            # The numbers are the names in the tar.
+            write = functools.partial(fill_tar, samples=enumerate(samples))
+            target = Path(out) / Path(shards.paths[number]).name
             replace_file(target, write)            # calls write(path beside the target)
 
     for fault in faults:
@@ -641,8 +831,9 @@ def cache(pattern, sizes, weights, out):
     tars = [Path(out) / name for name in names]
     count = sum(len(index(tar)[0]) for tar in tars)
     size = sum(tar.stat().st_size for tar in tars) / 2**20
-    print(f"{out}: latents of {count} pictures in {len(tars)} tars, {size:,.1f} MB; "
-          f"{len(tars) - fresh} tars were encoded now, {fresh} were there already; "
+    what = "latents and prompt features" if with_text else "latents"
+    print(f"{out}: {what} of {count} pictures in {len(tars)} tars, {size:,.1f} MB; "
+          f"{len(stale)} tars were encoded now, {len(tars) - len(stale)} were there already; "
           f"{len(faults)} pictures could not be read")
     if shards.sizes == sorted_by_area(usual_sizes(vae)):
         name = "toy" if vae.config["latent_channels"] < 32 else "full"
@@ -653,9 +844,10 @@ def cache(pattern, sizes, weights, out):
 
 def training_command(pattern, size, weights):
     """A command that trains on shards, starting from the weights whose autoencoder is used."""
-    weights = quoted(os.path.relpath(weights) if os.path.exists(weights) else weights)
+    name = gather(weights).vae
+    name = quoted(os.path.relpath(name) if os.path.exists(name) else name)
     command = (f"python train.py --data {quoted(pattern)} --size {size} --stage 2 "
-               f"--parts {weights} --init {weights} --out runs/mine")
+               f"--parts {name} --init {name} --out runs/mine")
     return command if size == "toy" else command + " --lora 16"
 
 
@@ -668,42 +860,80 @@ def cached_key(path):
     return None
 
 
-def encoded(shards, members, vae, device, vae_hash, key, faults, bar):
-    """Yields (bytes, ending, notes) of those samples, as `fill_tar` takes them, bucket by bucket.
-    `faults` gets a line for each that cannot be read; the bar counts all."""
-    for b in np.unique(shards.buckets[members]):
-        height, width = size = shards.sizes[b]
-        of_bucket = members[shards.buckets[members] == b]
-        for begin in range(0, len(of_bucket), 16):
-            some = of_bucket[begin:begin + 16]
-            readable = read_centres(shards, some, size, faults)
-            bar.update(len(some))
-            if not readable:
-                continue
+def check_room(shards, members, channels, encoder, out):
+    """Says how much will be written for these samples, and raises LensError where the disk has less
+    room. channels: of a token;  encoder: None where captions are not encoded"""
+    latents = features = captions = 0
+    for b, count in zip(*np.unique(shards.buckets[members], return_counts=True), strict=True):
+        rows, columns = grid_of(shards.sizes[b])
+        latents += int(count) * rows * columns * channels * 2         # bytes: bf16
+    what = f"{len(members):,} pictures: {in_bytes(latents)} of latents"
 
-            pixels = torch.from_numpy(np.stack([image for image, _, _ in readable]))
-            tokens = encode_pictures(vae, pixels, device)             # [B, h*w, C]
-            bits = tokens.bfloat16().cpu().contiguous().view(torch.uint8).numpy()
-            for latent, (_, captions, notes) in zip(bits, readable, strict=True):
-                yield latent.tobytes(), LATENT, {
-                    **notes, "captions": captions, "height": height, "width": width,
-                    "latent": [vae_hash, height, width], "key": key}
+    if encoder is not None:
+        token = 2 * len(encoder.layers) * encoder.model.config.hidden_size
+        for i in tqdm(members, "counting tokens", disable=len(members) < 10_000):
+            with contextlib.suppress(Fault, OSError):                 # left out, and named later
+                own, _ = captions_and_notes(shards.parts(i))
+                rows, offset = encoder.tokenize(own)
+                captions += len(own)
+                features += token * sum(len(row) - offset for row in rows)
+        what += f"; {captions:,} captions: {in_bytes(features)} of prompt features"
+
+    free = shutil.disk_usage(out).free
+    print(f"{what}; {in_bytes(free)} are free at {out}")
+    require(latents + features < free, f"--out {out}: no room for {in_bytes(latents + features)}: "
+            f"{in_bytes(free)} are free")
 
 
-def read_centres(shards, samples, size, faults):
-    """[(PIL image, captions, notes)] of those samples that can be read. LensError where they are
-    latents already."""
-    found = []
-    for i in samples:
+def in_bytes(count):
+    """"3.5 GiB"."""
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 2**10:.1f} KiB"
+
+
+def encoded(shards, members, vae, encoder, device, common, faults, bar):
+    """Yields (bytes, ending, notes) of those samples, and with an encoder also (ending, bytes) of
+    their features, as `fill_tar` takes them. `faults` gets a line for each that cannot be read; the
+    bar counts all. LensError where they are latents already.
+
+    common   {"latent": the autoencoder's hash, "features": notes on them or None, "key": the tar's}
+    """
+    for i in members:
+        bar.update()
+        height, width = size = shards.sizes[shards.buckets[i]]
         try:
             parts = shards.parts(i)
             captions, notes = captions_and_notes(parts)
             require("latent" not in notes,
                     f"{shards.file_name(i)} holds latents already: give --data the pictures")
-            found.append((read_picture(read(parts["picture"]), size), captions, notes))
+            image = read_picture(read(parts["picture"]), size)
+            if not captions:
+                raise Fault("no caption")
         except (Fault, OSError) as fault:
             faults.append(f"{shards.file_name(i)}, sample {i}: {fault}")
-    return found
+            continue
+
+        tokens = encode_picture(vae, torch.from_numpy(np.array(image)), device)    # [h*w, C]
+        notes = {
+            **notes, "captions": captions, "height": height, "width": width,
+            "length": int(shards.lengths[i]), "latent": [common["latent"], height, width],
+            "key": common["key"]}
+        if encoder is None:
+            notes.pop("features", None)            # another program's
+            yield bits_of(tokens), LATENT, notes
+            continue
+        features = [encode_caption(encoder, caption) for caption in captions]      # [K, S, E] each
+        counts = [own.shape[1] for own in features]
+        notes["features"] = {**common["features"], "tokens": counts}
+        blob = b"".join(bits_of(own) for own in features)
+        yield bits_of(tokens), LATENT, notes, (FEATURES, blob)
+
+
+def bits_of(x):
+    """The bytes of a bf16 tensor."""
+    return x.cpu().contiguous().view(torch.int16).numpy().tobytes()
 
 
 # --- Statistics -----------------------------------------------------------------------------------
@@ -821,7 +1051,12 @@ def build_parser():
                                 "--size full --stage 2; of cache with the toy's autoencoder "
                                 "64,96,128, as --size toy --stage 2)")
     of_others.add_argument("--weights", metavar="DIR_OR_REPO", default=str(TOY),
-                           help="cache: whose autoencoder (default: the toy's)")
+                           help="cache: whose autoencoder and text encoder (default: the toy's)")
+    add_part_flags(of_others.add_argument)
+    of_others.add_argument("--text", action="store_true",
+                           help="cache: the captions' features too, so that train.py loads neither "
+                                "autoencoder nor text encoder; what both take on the disk is told "
+                                "first")
     return parser
 
 
@@ -857,7 +1092,8 @@ def main(argv=None):
             sizes = [size for area in AREAS for size in buckets(area)]
             stats(args.data, args.bases or sizes, out)
         else:
-            cache(args.data, args.bases, args.weights, out)
+            weights = gather(args.weights, args.vae, args.text_encoder)
+            cache(args.data, args.bases, weights, out, with_text=args.text)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,10 @@ TEXT_TOKENS = (sample.USUAL_TEXT, 415)
 
 TOY_SIZES = ("nano", "toy")       # sizes of lens.SIZES that are made for the toy world
 
+# [ours] What the frozen weights under an adapter are kept in: fp32; bf16, half of it; fp8, bf16 but
+# for the blocks' matrices, which are 8 bits and unpacked when they are used. The adapter is fp32.
+BASE_DTYPES = ("fp32", "bf16", "fp8")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -603,37 +607,42 @@ class Schedule:
 class Output:
     """What a checkpoint needs beside the weights: the frozen parts, and notes."""
     parts: Places                  # of autoencoder and text encoder
-    vae: nn.Module
-    encoder: lens.TextEncoder
+    vae: nn.Module | None          # None, as the encoder: the inputs are cached
+    encoder: lens.TextEncoder | None
     guidance: float                # what pictures of these weights are sampled with
     settings: dict                 # what a resume must be given again, see check_same_run
     init: str | None = None        # the name of what an adapter changes
 
 
 def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, workers=4,
-                   parts=sample.TOY, init=None, lora=0, recompute="none", compiled=False,
-                   fsdp=False, *, schedule):
+                   parts=None, init=None, lora=0, recompute="none", compiled=False,
+                   fsdp=False, base_dtype="fp32", *, schedule):
     """Stages 1 and 2 of a size, as many as `stages` {number: Stage} names.
 
     steps     of each stage; None: the stage's own;  accumulate: micro-batches a rank and step
     pattern   of shards, as in --data; None: the toy world
-    parts     Places of the autoencoder and the text encoder, or the name of both
+    parts     Places of the autoencoder and the text encoder, or the name of both; None: the
+              toy's, or those that the shards were cached by
     init      weights to start from, a folder, file or hub id; None: random ones
+    base_dtype    of what is frozen under an adapter, one of BASE_DTYPES
     """
     config = lens.SIZES[size].transformer
     settings = {"--size": size, "--seed": run.seed, "--init": init, "--lora": lora,
-                "--data": "the toy world" if pattern is None else "shards"}
+                "--data": "the toy world" if pattern is None else "shards",
+                # None: what runs had before there was a choice.
+                "--base-dtype": None if base_dtype == "fp32" else base_dtype}
     check_same_run(run.out, settings)
     check_no_other_weights(run.out, adapter=bool(lora))
 
-    # The frozen models, and the one that learns. The toy's parts are small enough for fp32.
-    dtype = torch.float32 if size in TOY_SIZES else None           # None: as they are stored
-    _, vae, encoder = load_pipeline(parts, run.device, dtype, parts=("vae", "text_encoder"))
-    require(config.in_channels == 4 * vae.config["latent_channels"],
-            f"--parts {parts}: its autoencoder is not the one that size {size} works with")
-    encoder.layers = config.selected_layer_index   # a folder of parts alone does not say which
+    # The frozen models, and the one that learns.
+    inputs = open_inputs(run, size, pattern, parts, init)
+    if inputs.vae is None and (schedule.preview_every or schedule.eval_every):
+        schedule = replace(schedule, preview_every=0, eval_every=0)
+        run.say("inputs are cached, so neither autoencoder nor text encoder is loaded: no previews "
+                "and no --eval-every; sample.py shows what a checkpoint makes")
     if init:
-        denoiser = load_transformer(init, run.device, torch.float32)
+        dtype = torch.float32 if base_dtype == "fp32" else torch.bfloat16
+        denoiser = load_transformer(init, run.device, dtype, packed=base_dtype == "fp8")
         require(denoiser.config == config, f"--init {init}: its weights are not of size {size}")
     else:
         denoiser = lens.build(size, run.seed).to(run.device)
@@ -642,7 +651,9 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     kept = kept_progress(run.out)
     home = max(stage.home for stage in stages.values())
     usual_text, _ = text_tokens(size)
-    why = choose(run, config, (home // 16)**2 + usual_text, kept)
+    # Over a base in bf16 or less, products are in bf16.
+    asked = None if base_dtype == "fp32" else "bf16"
+    why = choose(run, config, (home // 16)**2 + usual_text, kept, asked)
     use_attention(run.attention)
 
     # One learner for all stages, which share betas and Muon. A label head stays in stage 2 too,
@@ -664,10 +675,12 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     progress.with_labels = with_labels
 
     count = sum(p.numel() for p in denoiser.parameters())
-    run.say(f"{size}: {count:,} parameters on {run.ranks} x {run.device}; autoencoder and text "
-            f"encoder from {parts}\n{why}")
+    frozen = f", frozen ones in {base_dtype}," if lora else ""
+    run.say(f"{size}: {count:,} parameters{frozen} on {run.ranks} x {run.device}; autoencoder and "
+            f"text encoder from {inputs.parts}\n{why}")
     guidance = TOY_GUIDANCE if size in TOY_SIZES else sample.GUIDANCE
-    output = Output(gather(parts), vae, encoder, guidance=guidance, settings=settings, init=init)
+    output = Output(inputs.parts, inputs.vae, inputs.encoder, guidance=guidance,
+                    settings=settings, init=init)
     log, notice = Log(run, progress.total), Notice()
     for number, stage in stages.items():
         if number < progress.stage:
@@ -677,12 +690,47 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
         stage = replace(stage, steps=steps or stage.steps)
         if progress.step < stage.steps:
             with rank_zero_first(run):
-                source = open_source(run, stage, number, vae=vae, encoder=encoder,
-                                     pattern=pattern, workers=workers, parts=parts)
+                source = open_source(run, stage, number, inputs, pattern, workers)
             train_stage(run, stage, source, learner=learner, progress=progress, output=output,
                         log=log, notice=notice, accumulate=accumulate, schedule=schedule)
     weights = f"--weights {init} --lora {run.out}" if lora else f"--weights {run.out}"
     run.say(f"done: python sample.py --eval {weights}")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What makes pictures and captions into what the denoiser learns from."""
+    parts: Places                  # of autoencoder and text encoder
+    vae: nn.Module | None          # None, as the encoder: all is cached
+    encoder: lens.TextEncoder | None
+    vae_hash: str | None = None    # what stored latents must have been made by
+    text_key: str | None = None    # what stored features must have been made by; None: not read
+
+
+def open_inputs(run, size, pattern, parts, init):
+    """-> Inputs. Of shards in which both latents and features are cached, neither model is loaded,
+    nor transformers imported."""
+    config = lens.SIZES[size].transformer
+    with rank_zero_first(run):                     # which makes the shards' indices
+        cached = None if pattern is None else data.cached_inputs(pattern)
+    if cached is None:
+        parts = gather(parts or sample.TOY)
+        # The toy's parts are small enough for fp32.
+        dtype = torch.float32 if size in TOY_SIZES else None       # None: as they are stored
+        _, vae, encoder = load_pipeline(parts, run.device, dtype, parts=("vae", "text_encoder"))
+        require(config.in_channels == 4 * vae.config["latent_channels"],
+                f"--parts {parts}: its autoencoder is not the one that size {size} works with")
+        encoder.layers = config.selected_layer_index   # a folder of parts alone does not say which
+        vae_hash = None if pattern is None else vae_identity(parts.vae)
+        return Inputs(parts, vae, encoder, vae_hash)
+
+    expected = (config.in_channels, config.enc_hidden_dim, config.selected_layer_index)
+    require((cached.channels, cached.width, cached.layers) == expected,
+            f"--data {pattern}: latents and prompt features, cached by {cached.weights}, are not "
+            f"what size {size} works with")
+    data.check_cached(cached, parts, init, config.selected_layer_index)
+    return Inputs(gather(parts or cached.weights), vae=None, encoder=None, vae_hash=cached.vae_hash,
+                  text_key=cached.text_key)
 
 
 def text_tokens(size):
@@ -690,13 +738,14 @@ def text_tokens(size):
     return TOY_TEXT_TOKENS if size in TOY_SIZES else TEXT_TOKENS
 
 
-def open_source(run, stage, number, vae, encoder, pattern, workers, parts):
+def open_source(run, stage, number, inputs, pattern, workers):
     """A stage's source of batches: shards where there is a pattern, else the toy world."""
     if pattern is None:
         kept = run.out / f"world-{number}.safetensors"
-        return World(stage, run.seed, vae, encoder, kept, run.device)
-    return data.ShardSource(pattern, stage.sizes(), run.seed, vae, encoder, run.device, workers,
-                            vae_identity(gather(parts).vae), run.say)
+        return World(stage, run.seed, inputs.vae, inputs.encoder, kept, run.device)
+    return data.ShardSource(
+        pattern, stage.sizes(), run.seed, inputs.vae, inputs.encoder, run.device, workers,
+        inputs.vae_hash, run.say, text_key=inputs.text_key)
 
 
 def train_stage(run, stage, source, learner, progress, output, log, notice, accumulate, schedule):
@@ -940,6 +989,13 @@ def pictures_by_area(text):
     return numbers
 
 
+def usual_base_dtype(size, lora, fsdp=False):
+    """What of BASE_DTYPES a run has where nothing is asked for."""
+    if lora and not fsdp and size not in TOY_SIZES:
+        return "bf16"
+    return "fp32"
+
+
 def arguments(argv):
     parser = Parser("Train the denoiser by flow matching. The same command again resumes.", __doc__)
     add = parser.add_argument_group("what").add_argument
@@ -953,9 +1009,11 @@ def arguments(argv):
     add("--init", metavar="DIR_FILE_OR_REPO",
         help="start from these weights, not from random ones")
     add("--data", metavar="GLOB", help="shards of `data.py pack` or `cache`, say 'shards/*.tar' "
-        "(default: the toy world)")
+        "(default: the toy world); of `cache --text`, --parts are not loaded")
     add("--lora", type=not_negative, default=0, metavar="RANK",
         help="train an adapter over --init instead of all weights")
+    add("--base-dtype", choices=BASE_DTYPES, help="of --init under --lora (default: bf16; fp32 for "
+        "the toy's sizes and with --fsdp); tools/budget.py lora says what fits")
     add("--seed", type=seed_number, default=0)
     add("--export", metavar="DIR",
         help="train nothing: score what --out holds and write it there in bf16, to ship")
@@ -1011,21 +1069,33 @@ def main(argv=None):
     require(args.init or not args.lora,
             "--lora trains an adapter over trained weights: name them with --init")
 
+    require(args.lora or args.base_dtype is None,
+            "--base-dtype is of what is frozen under an adapter: with --lora alone")
+    base_dtype = args.base_dtype or usual_base_dtype(args.size, args.lora, args.fsdp)
+    require(base_dtype == "fp32" or not args.fsdp, f"--base-dtype {base_dtype}: not with --fsdp, "
+            "which shares out weights of one type, fp32")
+
     run = start_run(args.out, args.seed, args.device)
+    require(base_dtype != "fp8" or run.ranks == 1, "--base-dtype fp8 is for one process")
     require(run.ranks > 1 or not args.fsdp, "--fsdp shares weights among processes: start it with "
             "torchrun --nproc-per-node N train.py ...")
-    parts = args.parts or (args.out if has_parts(args.out) else sample.TOY)
-    parts = gather(parts, args.vae, args.text_encoder)
+    parts = args.parts or (args.out if has_parts(args.out) else None)
+    if parts or args.vae or args.text_encoder:
+        parts = gather(parts or sample.TOY, args.vae, args.text_encoder)
     if args.export:
         if run.rank == 0:                          # small work, for one process
-            export(run, args.export, parts)
+            export(run, args.export, parts or sample.TOY)
         return
-    on_gpu = run.device != "cpu"
+    compiled = args.compile
+    if compiled is None:
+        compiled = run.device != "cpu"
+        if compiled and base_dtype == "fp8":       # Triton unpacks e4m3 on GPUs from 8.9 on alone
+            compiled = torch.cuda.get_device_capability(run.device) >= (8, 9)
     train_denoiser(
         run, args.size, stages, steps=args.steps, accumulate=args.accumulate, pattern=args.data,
         workers=args.workers, parts=parts, init=args.init, lora=args.lora,
-        recompute=args.recompute, compiled=on_gpu if args.compile is None else args.compile,
-        fsdp=args.fsdp,
+        recompute=args.recompute, compiled=compiled,
+        fsdp=args.fsdp, base_dtype=base_dtype,
         schedule=Schedule(save_every=args.save_every, eval_every=args.eval_every,
                           preview_every=args.preview_every))
 

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from kit.files import error_context, first_few, require, write_json, write_safetensors
+from kit.fp8 import pack_blocks
 from kit.lora import LORA_TARGETS, add_lora, merge_lora
 from kit.places import (
     INDEX_NAME,
@@ -60,17 +61,18 @@ from kit.stored import (
     vae_config_from_shapes,
     vae_names,
 )
-from lens import DATE, LensConfig, LensTransformer, TextEncoder, text_model_classes
+from lens import DATE, SIZES, LensConfig, LensTransformer, TextEncoder, text_model_classes
 from vae import LensVAE
 
 # --- The parts ------------------------------------------------------------------------------------
 
-def load_transformer(path, device="cpu", dtype=None, config=None):
+def load_transformer(path, device="cpu", dtype=None, config=None, packed=False):
     """The denoiser, from a pipeline's folder with its adapters merged, from its own folder, or a
     single file; or from a hub id.
 
     dtype None keeps what is stored (fp8 becomes bf16). config None: what the files say of
-    themselves, else what their shapes tell.
+    themselves, else what their shapes tell. packed: the blocks' matrices are kept in 8 bits, see
+    kit.fp8.pack_blocks.
     """
     path = fetch(path, ("transformer",))
     files, stored_config = locate(path, "transformer")
@@ -80,9 +82,14 @@ def load_transformer(path, device="cpu", dtype=None, config=None):
         config = denoiser_config(files, stored_config, tensors)
     with torch.device("meta"):
         model = LensTransformer(config)
+    adapters = adapters_of(path)
+    if packed and not adapters:
+        pack_blocks(model)                         # before it is filled: never larger than it stays
     fill(model, files[0], tensors, scales, device, dtype)
-    for adapter in adapters_of(path):
+    for adapter in adapters:
         merge_lora(model, adapter)
+    if packed and adapters:
+        pack_blocks(model)
     return model
 
 
@@ -143,8 +150,6 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE, layers=None):
 
     path = fetch(path, ("text_encoder",))
     files, config = locate(path, "text_encoder")
-    if layers is None:
-        layers = layers_read_by_denoiser(path)
     alone = config is None                         # a file without its config
     if alone:
         stored = index_files(files)
@@ -152,6 +157,8 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE, layers=None):
         config = text_config_from_shapes(files[0], shapes)
         if "quantization_config" not in config:
             check_formats(files[0], config, stored, *split_scales(stored))
+    if layers is None:
+        layers = layers_read_by_denoiser(path, config.get("hidden_size"))
     model_class, _ = text_model_classes(config.get("model_type"))
 
     options = dict(dtype=dtype or "auto", local_files_only=True, output_loading_info=True,
@@ -214,14 +221,16 @@ def tokenizer_folder(path, files, config, alone):
     return from_hub(hub_id, ["tokenizer*.json", "special_tokens_map.json"])
 
 
-def layers_read_by_denoiser(path):
-    """Which layers of the text encoder the pipeline's denoiser reads; the released ones where it
-    does not say."""
+def layers_read_by_denoiser(path, width):
+    """Which layers of the text encoder the pipeline's denoiser reads; where it does not say, those
+    of the size in SIZES with an encoder of this width, else the released ones."""
     for folder in with_bases(path):                # a folder of parts alone has no denoiser
         own = own_folder(folder, "transformer")
         if own is not None:
             return read_denoiser_config(own).selected_layer_index
-    return LensConfig().selected_layer_index
+    layers = {c.enc_hidden_dim: c.selected_layer_index
+              for c in (size.transformer for size in SIZES.values())}
+    return layers.get(width, LensConfig().selected_layer_index)
 
 
 def mxfp4_options(device):

@@ -11,7 +11,7 @@ from pathlib import Path
 import lens
 from kit.checkpoint import load_pipeline, read_denoiser_config
 from kit.files import LensError, error_context, file_hash, open_safetensors, write_safetensors
-from kit.places import gather, identity, part_folder
+from kit.places import content_hash, gather, identity, part_folder
 
 CACHE_BYTES = 4 * 2**30  # about 1,200 prompts at full size
 
@@ -51,13 +51,19 @@ def cached_features(weights, prompts, device, dtype, date=lens.DATE, cache="", e
     return features
 
 
-def feature_key(weights, dtype, date):
+def feature_key(weights, dtype, date, layers=None, by_content=False):
     """What features depend on beside the prompt: the encoder's weights, its tokenizer, the layers
-    that are read, the chat form around the prompt, its date, and the precision."""
+    that are read, the chat form around the prompt, its date, and the precision.
+
+    layers      None: those that the denoiser reads
+    by_content  the weights' files are read whole: slow, but the key is then the same wherever they
+                lie, as features in shards need it, which are carried to other machines
+    """
     places = gather(weights)
-    layers = read_denoiser_config(places.transformer).selected_layer_index
+    layers = layers or read_denoiser_config(places.transformer).selected_layer_index
     tokenizer = part_folder(Path(places.text_encoder), "tokenizer") / "tokenizer.json"
-    parts = (identity(places.text_encoder, "text_encoder"),
+    encoder = content_hash if by_content else identity
+    parts = (encoder(places.text_encoder, "text_encoder"),
              file_hash(tokenizer) if tokenizer.exists() else "", layers, lens.CHAT, date, dtype)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

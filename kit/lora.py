@@ -22,6 +22,7 @@ from kit.files import (
     write_json,
     write_safetensors,
 )
+from kit.fp8 import PackedLinear, packed_product
 
 # Attention and MLPs. [ours]
 LORA_TARGETS = ("img_qkv", "txt_qkv", "to_out.0", "to_add_out", "w1", "w2", "w3")
@@ -33,13 +34,17 @@ class LoRALinear(nn.Module):
     """y = W x + b + strength * alpha / rank * B A x.
 
     Holds several adapters by name on one base ("new" and "old" in RL), of which one is active, or
-    none. `weight` and `bias` stay where they were: the base keeps its names in the state dict.
+    none. `weight` and `bias` stay where they were: the base keeps its names in the state dict. The
+    base may be of any type, also a PackedLinear.
     """
 
     def __init__(self, linear):
         super().__init__()
         self.weight = linear.weight                               # [out, in]
         self.bias = linear.bias
+        self.scale = None                                         # of a PackedLinear's rows, [out]
+        if isinstance(linear, PackedLinear):
+            self.scale = linear.scale
         self.lora_A = nn.ParameterDict()                          # {adapter: [rank, in]}
         self.lora_B = nn.ParameterDict()                          # {adapter: [out, rank]}
         self.alpha = {}                                           # {adapter: number}
@@ -59,7 +64,10 @@ class LoRALinear(nn.Module):
         self.alpha[name] = alpha
 
     def forward(self, x):                                         # [..., in]
-        y = F.linear(x, self.weight, self.bias)                   # [..., out]
+        if self.scale is None:
+            y = F.linear(x, self.weight, self.bias)               # [..., out]
+        else:
+            y = packed_product(x, self.weight, self.scale, self.bias)
         if self.active is None:
             return y
         a = self.lora_A[self.active]                              # [rank, in]
@@ -110,7 +118,7 @@ def add_lora(model, rank, alpha, targets=LORA_TARGETS, name="default", generator
 
     chosen = []
     for layer_name, layer in model.named_modules():
-        linear = isinstance(layer, (nn.Linear, LoRALinear))
+        linear = isinstance(layer, (nn.Linear, PackedLinear, LoRALinear))
         if linear and layer_name not in unread and f".{layer_name}".endswith(endings):
             chosen.append(layer_name)
     require(chosen, f"no linear layer matches the LoRA targets {', '.join(targets)}")
@@ -216,6 +224,8 @@ def merge_lora(model, path, strength=1.0):
 
     for name, part in parts.items():
         weight = layers[name].weight
+        require(weight.element_size() > 1, f"{file}: {name} is packed in 8 bits, and nothing can "
+                "be merged into it: load the base in bf16")
         change = part.change(strength).to(weight.device)
         weight.copy_(weight.float() + change)
     return len(parts)

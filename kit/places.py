@@ -417,3 +417,10 @@ def vae_identity(path_or_repo):
     """A hash of an autoencoder's file: what latents are kept under."""
     files, _ = locate(fetch(path_or_repo, ("vae",)), "vae")
     return file_hash(files[0])
+
+
+def content_hash(path, part):
+    """A hash of all that the files of a part hold, the same wherever they lie."""
+    files, _ = locate(path, part)
+    hashes = [file_hash(file) for file in files]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()[:16]

@@ -331,6 +331,14 @@ def use_attention(kernel=None, alone=False):
     _chosen_kernel.enter_context(sdpa_kernel([KERNELS[name] for name in order], set_priority=True))
 
 
+@contextlib.contextmanager
+def any_attention():
+    """Inside, all kernels in one order, whatever `use_attention` chose: the frozen models around a
+    run then compute the same in every process."""
+    with sdpa_kernel(list(KERNELS.values()), set_priority=True):
+        yield
+
+
 def pick_attention(device, dtype, config, tokens, learns=False):
     """(kernel, why): the fastest for sequences of so many tokens.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kit.files import error_context, first_few, open_safetensors, require
+from kit.fp8 import PackedLinear, e4m3
 from lens import SIZES, LensConfig
 
 # --- Filling a model with stored tensors ----------------------------------------------------------
@@ -134,15 +135,25 @@ def fill(module, file, tensors, scales, device, dtype):
 
     file: for the error alone. dtype None keeps what is stored (fp8 becomes bf16). Tensors are moved
     one by one, so the host's memory never holds a second copy. LensError names tensors that are
-    missing, left over, or of another shape.
+    missing, left over, or of another shape. The weight of a PackedLinear stays in 8 bits, if it is
+    stored so.
     """
     wanted = module.state_dict()
+    packed = {}                                    # {name of a weight: name of its rows' scales}
+    for name, layer in module.named_modules():
+        if isinstance(layer, PackedLinear):
+            packed[f"{name}.weight"] = f"{name}.scale"
+            del wanted[f"{name}.scale"]
     check_names(file, tensors.keys(), scales.keys(), wanted.keys())
     check_shapes(file, tensors, wanted)
 
     state = {}
     for name, where in tensors.items():
-        value = read_tensor(where, scales.get(name), dtype)
+        if name in packed:
+            value, row_scales = read_packed(where, scales.get(name))
+            state[packed[name]] = row_scales.to(device)
+        else:
+            value = read_tensor(where, scales.get(name), dtype)
         state[name] = value.to(device)
     module.load_state_dict(state, assign=True)
     return module.eval()
@@ -207,6 +218,19 @@ def read_tensor(where, scale, dtype):
     if dtype is not None and value.is_floating_point():
         return value.to(dtype)
     return value
+
+
+def read_packed(where, scale):
+    """A stored matrix -> (its numbers in e4m3 [out, in], a scale a row [out] fp32). What is e4m3 in
+    the file stays as it is, with its own scales."""
+    if where.kind != "F8_E4M3":
+        value, row_scales = e4m3(read_tensor(where, scale, torch.float32), dim=1)
+        return value, row_scales[:, 0]
+    value = where.read()
+    row_scales = torch.ones(len(value))
+    if scale is not None:
+        row_scales = row_scales * scale.read().float().reshape(-1)     # one in all, or one a row
+    return value, row_scales
 
 
 # --- Configs of files that say nothing of themselves ----------------------------------------------

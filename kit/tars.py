@@ -149,11 +149,14 @@ def write_shards(samples, out, shard_mb):
 
 def fill_tar(path, samples, most=math.inf):
     """Writes a tar in WebDataset's layout, and takes no more samples once their pictures have more
-    than `most` bytes. samples: an iterator of (number, (bytes, ending, notes))."""
+    than `most` bytes. samples: an iterator of (number, (bytes, ending, notes)), each with (ending,
+    bytes) of further files behind, if any."""
     used = 0
     with tarfile.open(path, "w") as tar:
-        for number, (blob, ending, notes) in samples:
+        for number, (blob, ending, notes, *others) in samples:
             add_file(tar, f"{number:09d}{ending}", blob)
+            for other_ending, other_blob in others:
+                add_file(tar, f"{number:09d}{other_ending}", other_blob)
             add_file(tar, f"{number:09d}.json", json.dumps(notes).encode())
             used += len(blob)
             if used > most:

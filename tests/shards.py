@@ -96,3 +96,7 @@ class FixedEncoder:
         features = torch.tensor(counts, dtype=torch.bfloat16)[:, None, None].expand(-1, longest, 8)
         mask = torch.arange(longest) < torch.tensor(counts)[:, None]
         return [features, 2 * features], None if min(counts) == longest else mask
+
+    def encode_each(self, captions):
+        each = [self.encode([caption])[0] for caption in captions]
+        return [torch.cat(layers) for layers in each]

@@ -3,27 +3,32 @@
 Read before: train.py, rl.py, distill.py.
 
     python tools/budget.py train --size full                # all weights; --lora 16: an adapter
+    python tools/budget.py lora --size full                 # an adapter on small cards: what fits
     python tools/budget.py rl --size full
     python tools/budget.py distill --size full --without gan
     python tools/budget.py step rl --size nano --area 64    # one real step: counted and measured
     python tools/budget.py step distill --size full --area 256 --lora 16
+    python tools/budget.py step lora --blocks 4 --base-dtype fp8
 
 Everything but `step` is counted, no weight is made. One set of rules for all three recipes.
 
 Memory of a device, what must be there at once:
 
-    weights      all models that the recipe holds, in fp32 but for the base of RL, which is bf16.
+    weights      all models that the recipe holds, in fp32 but for the base of RL, which is bf16,
+                 and that of a LoRA in training, which is what train.py --base-dtype says.
                  Train: the model. RL: the base, adapters `new` and `old`. Distillation: teacher,
                  student, fake and heads; student and fake are adapters or whole models
     average      the running average of what learns, fp32
     gradients    of what learns, fp32; student and fake take turns, so one of the two counts
     moments      two of everything that learns, fp32 (AdamW's; Muon has one, so the toy has less)
-    activations  what a device batch leaves between its forward and its backward pass, by PyTorch's
-                 own tracker. Distillation with heads has two sets: the student's graph waits while
-                 the heads' gradient goes through the teacher
+    activations  what a device batch leaves between its forward and its backward pass, counted on
+                 tensors without storage. Distillation with heads has two sets: the student's graph
+                 waits while the heads' gradient goes through the teacher
 
 Text encoder, autoencoder, a block's own work while it runs and what CUDA needs come on top. FSDP
-divides all but the activations by the number of GPUs; adapters of RL and distillation do without.
+divides all but the activations by the number of GPUs; adapters of RL and distillation do without,
+and so does one over a base in bf16 or fp8. `lora` is closer, as small cards need it: a block's work
+is counted, 1 GiB is left for CUDA, and inputs are cached, so there are no encoders.
 
 Work is what the GPU does, recomputation included (`tflops` in the logs leaves that out, since it
 teaches nothing):
@@ -39,16 +44,19 @@ encoder, autoencoder, heads, judge and optimiser are left out: a few percent at 
 """
 import functools
 import json
-import resource
+import os
 import sys
+import threading
 import time
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -58,6 +66,7 @@ import lens  # noqa: E402
 import rl  # noqa: E402
 import train  # noqa: E402
 from kit.files import Parser, not_negative, positive, require, run_command  # noqa: E402
+from kit.fp8 import pack_blocks  # noqa: E402
 from kit.lora import LORA_TARGETS, add_lora  # noqa: E402
 from kit.run import Run, pick_device  # noqa: E402
 
@@ -66,6 +75,7 @@ FP32, BF16 = 4, 2             # bytes of a number
 GPUS = 8                      # that the table shares weights out to
 TEXT, _ = train.TEXT_TOKENS   # text tokens of a usual caption
 RANK = 64                     # of an adapter, where nothing else is said
+LORA_RANK = 16                # of one in training
 
 
 # --- Parameters -----------------------------------------------------------------------------------
@@ -124,14 +134,37 @@ class Part:
     bytes: int
 
 
-def fixed_parts(recipe, counts):
-    """[Part] of a recipe, one of "train", "rl" and "distill": all but the activations."""
+def base_bytes(config, base_dtype):
+    """Of a denoiser that is kept in one of train.BASE_DTYPES."""
+    with torch.device("meta"):
+        model = base_model(config, base_dtype)
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def base_model(config, base_dtype):
+    usual = torch.get_default_dtype()
+    # Made in its type: tensors without storage cannot be turned into another.
+    torch.set_default_dtype(torch.float32 if base_dtype == "fp32" else torch.bfloat16)
+    try:
+        model = lens.LensTransformer(config)
+    finally:
+        torch.set_default_dtype(usual)
+    if base_dtype == "fp8":
+        pack_blocks(model)
+    return model
+
+
+def fixed_parts(recipe, counts, base=None):
+    """[Part] of a recipe, one of "train", "rl" and "distill": all but the activations.
+
+    base    of train: bytes of the denoiser; None: fp32
+    """
     learnt, adapter = counts.learnt, counts.adapter
     # What a second model costs that plays beside the first: its adapter, or all of it.
     player = adapter or counts.base
     if recipe == "train":
         return [
-            Part("weights", FP32 * (counts.base + adapter)),
+            Part("weights", (base or FP32 * counts.base) + FP32 * adapter),
             Part("average", FP32 * learnt),                  # what is frozen is shared with it
             Part("gradients", FP32 * learnt),
             Part("moments", 2 * FP32 * learnt),
@@ -155,41 +188,85 @@ def fixed_bytes(parts):
     return sum(part.bytes for part in parts)
 
 
-def activation_bytes(config, recompute, count, grid, text=TEXT):
+def activation_bytes(config, recompute, count, grid, text=TEXT, rank=0, base_dtype="fp32"):
     """Bytes that a device batch leaves between its forward and its backward pass, bf16 copies of
     weights included.
 
-    count pictures of a grid (h, w) of tokens, with `text` tokens each. All weights learn, fp32 with
-    products in bf16. Blocks are alike, so two and three of them tell what all of them keep.
+    count pictures of a grid (h, w) of tokens, with `text` tokens each. Products are in bf16. All
+    weights learn, or an adapter of `rank` over a frozen base. Blocks are alike, so two and three of
+    them tell what all of them keep.
     """
-    of_two = tracked_bytes(replace(config, num_layers=2), recompute, count, grid, text)
-    of_three = tracked_bytes(replace(config, num_layers=3), recompute, count, grid, text)
-    return of_two + (config.num_layers - 2) * (of_three - of_two)
+    def kept(blocks):
+        of_few = replace(config, num_layers=blocks)
+        return tracked_bytes(of_few, recompute, count, grid, text, rank, base_dtype)[0]
+
+    of_two = kept(2)
+    return of_two + (config.num_layers - 2) * (kept(3) - of_two)
 
 
-def tracked_bytes(config, recompute, count, grid, text):
-    """The same by PyTorch's tracker (private names: this alone stands on them), on tensors without
+def step_bytes(config, recompute, count, grid, text=TEXT, rank=0, base_dtype="fp32"):
+    """The most bytes that a forward and a backward pass hold at once: the activations, and the work
+    of the block that is computed. Gradients are among them, as far as they are made by then.
+
+    From three and four blocks: of two, one is the last, which has less to do.
+    """
+    def most(blocks):
+        of_few = replace(config, num_layers=blocks)
+        return tracked_bytes(of_few, recompute, count, grid, text, rank, base_dtype)[1]
+
+    of_three = most(3)
+    return of_three + (config.num_layers - 3) * (most(4) - of_three)
+
+
+def tracked_bytes(config, recompute, count, grid, text, rank=0, base_dtype="fp32"):
+    """-> (bytes held after the forward pass, the most held during both), on tensors without
     storage."""
     lens.rope_table.cache_clear()      # a table without storage must not outlive its mode
-    with FakeTensorMode(), MemTracker() as tracker:
-        model = lens.LensTransformer(config).train()
+    with FakeTensorMode():
+        model = base_model(config, base_dtype).train()
+        if rank:
+            add_lora(model, rank, rank)
         model.set_recompute(recompute)
-        tracker.track_external(model)
         batch = random_batch(config, count, grid, text)
         t = torch.rand(count)
-
-        before = tracked_total(tracker)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = train.flow_matching_loss(model, batch, batch.tokens, t).mean()
-        kept = tracked_total(tracker) - before
-        del loss                       # until here it held the graph
+        with Held() as held:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = train.flow_matching_loss(model, batch, batch.tokens, t).mean()
+            kept = held.now            # after autocast, which lets its copies of weights go
+            loss.backward()
     lens.rope_table.cache_clear()
-    return kept
+    return kept, held.most
 
 
-def tracked_total(tracker):
-    """Bytes of all tensors that are there now, on all devices."""
-    return sum(sizes["Total"] for sizes in tracker.get_tracker_snapshot().values())
+class Held(TorchDispatchMode):
+    """Inside, counts the bytes of what operations make: `now`, as long as something refers to it,
+    and the `most` that there were at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = set()             # ids of the storages that are counted
+
+    def __torch_dispatch__(self, func, types, given=(), named=None):
+        out = func(*given, **(named or {}))
+        inputs = {id(t.untyped_storage()) for t in tree_leaves((given, named))
+                  if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            # A view is of its input's storage, which is no new one.
+            if isinstance(t, torch.Tensor) and id(t.untyped_storage()) not in inputs:
+                self.add(t.untyped_storage())
+        return out
+
+    def add(self, storage):
+        if id(storage) not in self.known:
+            self.known.add(id(storage))
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.drop, id(storage), storage.nbytes())
+
+    def drop(self, known, count):
+        self.known.discard(known)
+        self.now -= count
 
 
 def random_batch(config, count, grid, text, device="cpu"):
@@ -305,7 +382,7 @@ class Row:
         return sum(work.flops for work in self.work)
 
 
-def train_rows(size, stage_number, rank):
+def train_rows(size, stage_number, rank, base_dtype="fp32"):
     config, stage = lens.SIZES[size].transformer, train.stage_of(size, stage_number)
     counts = parameter_counts(config, rank)
     rows = []
@@ -316,11 +393,66 @@ def train_rows(size, stage_number, rank):
                 learns=learns_in_words(rank),
                 recompute=recompute,
                 counts=counts,
-                parts=fixed_parts("train", counts),
-                activations=activation_bytes(config, recompute, count, grid_of(area)),
+                parts=fixed_parts("train", counts, base_bytes(config, base_dtype)),
+                activations=activation_bytes(config, recompute, count, grid_of(area), rank=rank,
+                                             base_dtype=base_dtype),
                 work=train_work(config, area, count, rank, recompute),
-                sharded=True))
+                sharded=base_dtype == "fp32"))
     return rows
+
+
+CARDS = (8, 12, 16, 24)       # GB, which are 10^9 bytes here; most cards have a little more
+CUDA = GIB                    # bytes, assumed: CUDA's own, and what its allocator cannot fill
+
+
+@dataclass
+class LoraRow:
+    """An adapter in training, by setting; inputs are cached."""
+    base_dtype: str
+    recompute: str
+    area: int                 # pixels on a side
+    fixed: int                # bytes of base and adapter, with average, gradients and moments
+    steps: dict               # {pictures at once: bytes of a step beside the fixed}
+
+    def total(self, count):
+        return self.fixed + self.steps[count]
+
+    def card(self, count):
+        """The smallest of CARDS that holds it, or None."""
+        return next((card for card in CARDS if self.total(count) + CUDA <= card * 1e9), None)
+
+
+def lora_rows(size, rank, base_dtypes=train.BASE_DTYPES, areas=(512, 1024), counts=(1, 2, 4),
+              recomputes=("none", "full")):
+    config = lens.SIZES[size].transformer
+    numbers = parameter_counts(config, rank)
+    rows = []
+    for base_dtype in base_dtypes:
+        parts = fixed_parts("train", numbers, base_bytes(config, base_dtype))
+        for recompute in recomputes:
+            for area in areas:
+                steps = {count: step_bytes(config, recompute, count, grid_of(area), rank=rank,
+                                           base_dtype=base_dtype) for count in counts}
+                rows.append(LoraRow(base_dtype, recompute, area, fixed_bytes(parts), steps))
+    return rows
+
+
+def print_lora(size, rank, rows):
+    config = lens.SIZES[size].transformer
+    numbers = parameter_counts(config, rank)
+    cards = ", ".join(map(str, CARDS))
+    print(f"{size}: {counts_in_words(numbers)} (rank {rank})\n"
+          f"GiB of memory at the most, with cached inputs of {TEXT} text tokens, and the smallest "
+          f"card of {cards} GB that holds it and {CUDA / GIB:.0f} GiB for CUDA")
+    print(f"{'base':>5} {'recompute':>9} {'pictures of':>11} {'fixed':>6}"
+          + "".join(f"{count:>8} at once" for count in rows[0].steps))
+    for row in rows:
+        line = f"{row.base_dtype:>5} {row.recompute:>9} {row.area:>11} {row.fixed / GIB:6.2f}"
+        for count in row.steps:
+            card = row.card(count)
+            fits = f"{card} GB" if card else "-"
+            line += f"{row.total(count) / GIB:9.2f} {fits:>6}"
+        print(line)
 
 
 def rl_rows(size, rank=None):
@@ -460,10 +592,13 @@ class Trial:
     rank: int                 # of the adapters
     text: int                 # text tokens
     device: str
+    blocks: int = None        # None: as many as the size has
+    base_dtype: str = "bf16"  # of lora
 
     @property
     def config(self):
-        return lens.SIZES[self.size].transformer
+        config = lens.SIZES[self.size].transformer
+        return replace(config, num_layers=self.blocks or config.num_layers)
 
 
 def random_model(config, device, dtype):
@@ -542,22 +677,71 @@ def distill_trial(trial):
     return counts, counted, step
 
 
+def lora_trial(trial):
+    """The same: an adapter's step in train.py, blocks recomputed."""
+    config, count, grid = trial.config, trial.pictures, grid_of(trial.area)
+    dtype = torch.float32 if trial.base_dtype == "fp32" else torch.bfloat16
+    model = random_model(config, trial.device, dtype)
+    if trial.base_dtype == "fp8":
+        pack_blocks(model)
+    run = Run(out=None, device=trial.device, bf16=True)
+    stage = train.Stage(areas=(trial.area,), batch=(count,), steps=1, lr=1e-4)
+    learner = train.make_learner(run, model.train(), stage, lora=trial.rank, recompute="full")
+    batch = random_batch(config, count, grid, trial.text, trial.device)
+
+    counts = parameter_counts(config, trial.rank)
+    counted = fixed_bytes(fixed_parts("train", counts, base_bytes(config, trial.base_dtype)))
+    counted += step_bytes(config, "full", count, grid, trial.text, trial.rank, trial.base_dtype)
+
+    def step():
+        micro = train.MicroBatch(batch, 1 / count, last=True)
+        train.train_step(run, learner.model, [micro], learner.optimizers, stage)
+
+    return counts, counted, step
+
+
+def resident_bytes():
+    """What this process holds in memory now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+class Watch:
+    """Inside, looks every millisecond how much memory the process holds: `most`."""
+
+    def __enter__(self):
+        self.most, self.done = resident_bytes(), False
+        self.thread = threading.Thread(target=self.look)
+        self.thread.start()
+        return self
+
+    def look(self):
+        while not self.done:
+            self.most = max(self.most, resident_bytes())
+            time.sleep(0.001)
+
+    def __exit__(self, *_):
+        self.done = True
+        self.thread.join()
+
+
 def measure_step(recipe, trial):
     """Takes one real step -> {name: what it took}.
 
-    Peak memory is the allocator's on a GPU, on a CPU the most that the process ever held: Python
-    and PyTorch are about 0.5 GiB of it.
+    Peak memory is the allocator's on a GPU, on a CPU the most that the process held: `before`, that
+    of Python and PyTorch, about 0.5 GiB, is among it.
     """
-    prepare = {"rl": rl_trial, "distill": distill_trial}[recipe]
+    prepare = {"rl": rl_trial, "distill": distill_trial, "lora": lora_trial}[recipe]
+    before = resident_bytes()
     counts, counted, step = prepare(trial)
     on_gpu = trial.device != "cpu"
     began = time.perf_counter()
-    step()
+    with Watch() as watch:
+        step()
+    peak = watch.most
     if on_gpu:
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before, peak = 0, torch.cuda.max_memory_allocated()
     return {
         "recipe": recipe,
         "size": trial.size,
@@ -568,6 +752,7 @@ def measure_step(recipe, trial):
         "device": trial.device,
         "parameters": counts.base,
         "adapter": counts.adapter,
+        "before_gib": round(before / GIB, 4),
         "counted_gib": round(counted / GIB, 4),
         "peak_gib": round(peak / GIB, 4),
         "seconds": round(time.perf_counter() - began, 1),
@@ -579,34 +764,42 @@ def measure_step(recipe, trial):
 def main(argv=None):
     parser = Parser("Memory and work of a step, counted; `step`: measured too.", __doc__)
     add = parser.add_argument
-    add("what", choices=("train", "rl", "distill", "step"))
-    add("recipe", nargs="?", choices=("rl", "distill"), help="which step")
+    add("what", choices=("train", "lora", "rl", "distill", "step"))
+    add("recipe", nargs="?", choices=("rl", "distill", "lora"), help="which step")
     add("--size", default="full", help="one of " + ", ".join(lens.SIZES))
     add("--lora", type=not_negative, metavar="RANK", help="of adapters (default: train none, rl "
-        f"what the size says, else {RANK})")
+        f"what the size says, lora {LORA_RANK}, else {RANK})")
+    add("--base-dtype", choices=train.BASE_DTYPES,
+        help="of train --lora and step lora, as train.py has it")
     add("--stage", type=int, default=2, choices=(1, 2), help="of train")
     add("--without", choices=("gan",), help="distill: no discriminator, as distill.py has it")
     add("--tflops", type=float, default=400.0, metavar="N", help="TFLOP/s that a GPU keeps up")
     add("--area", type=positive, default=512, help="of a step: pixels on a side")
     add("--pictures", type=positive, default=1, help="of a step")
     add("--text", type=positive, default=TEXT, help="of a step: text tokens")
+    add("--blocks", type=positive, help="of a step: how many of the size's blocks (default: all)")
     add("--device", help="of a step: cpu or cuda (default: CUDA if there is one)")
     args = parser.parse_args(argv)
 
     size, rank = args.size, args.lora
     require(size in lens.SIZES, f"unknown size '{size}': choose one of {', '.join(lens.SIZES)}")
     require((args.recipe is not None) == (args.what == "step"),
-            "`step rl` or `step distill` takes a step; `train`, `rl` or `distill` alone counts one")
+            "`step` takes a step of `rl`, `distill` or `lora`; these or `train` alone count one")
+    base_dtype = args.base_dtype or train.usual_base_dtype(size, rank or args.recipe == "lora")
     require(rank != 0 or args.what == "train", "--lora 0: that is for train alone")
     require(args.area % 16 == 0, f"--area {args.area}: must be divisible by 16")
 
     if args.what == "step":
-        trial = Trial(size, args.area, args.pictures, rank or RANK, args.text,
-                      pick_device(args.device))
+        usual = LORA_RANK if args.recipe == "lora" else RANK
+        trial = Trial(size, args.area, args.pictures, rank or usual, args.text,
+                      pick_device(args.device), args.blocks, base_dtype)
         print(json.dumps(measure_step(args.recipe, trial)))
         return
+    if args.what == "lora":
+        print_lora(size, rank or LORA_RANK, lora_rows(size, rank or LORA_RANK))
+        return
     if args.what == "train":
-        rows = train_rows(size, args.stage, rank or 0)
+        rows = train_rows(size, args.stage, rank or 0, base_dtype)
     elif args.what == "rl":
         rows = rl_rows(size, rank)
     else:
