@@ -18,7 +18,7 @@ import data
 import kit.features
 import lens
 import train
-from kit.checkpoint import load_pipeline, load_text_encoder
+from kit.checkpoint import load_pipeline, load_text_encoder, read_denoiser_config
 from kit.files import read_json, write_json
 from toy.world import draw, sample_scene
 
@@ -175,12 +175,13 @@ def test_what_is_fresh_is_kept(nano, tmp_path, capsys):
     def fresh(*flags):
         capsys.readouterr()
         cache(tmp_path, nano, out, *flags)
-        return re.search(r"(\d of \d) shards were fresh", capsys.readouterr().out)[1]
+        said = capsys.readouterr().out
+        return int(re.search(r"encoded now, (\d) were there already", said)[1])
 
-    assert fresh("--text") == "1 of 2"             # as after a kill between the two
-    assert fresh("--text") == "2 of 2"
-    assert fresh() == "0 of 2"                     # latents alone, as asked for
-    assert fresh("--text") == "0 of 2"
+    assert fresh("--text") == 1                    # as after a kill between the two
+    assert fresh("--text") == 2
+    assert fresh() == 0                            # latents alone, as asked for
+    assert fresh("--text") == 0
 
 
 def test_another_encoder_is_another_key(nano, copied, monkeypatch):
@@ -315,7 +316,7 @@ def test_a_whole_checkpoint_finds_the_parts_that_its_inputs_were_cached_by(
 def test_the_key_of_the_prompt_cache_is_as_before(nano):
     """sample.py's: features of prompts that are kept at home stay good."""
     folder, dtype = nano, torch.float32
-    layers = kit.features.denoiser_config(folder).selected_layer_index
+    layers = read_denoiser_config(folder).selected_layer_index
     assert kit.features.feature_key(folder, dtype, lens.DATE) == kit.features.feature_key(
         folder, dtype, lens.DATE, layers)
     assert np.array_equal(layers, (0, 1))
