@@ -5,7 +5,7 @@ Read before: vae.py for what a picture becomes, kit/images.py for how one is rea
     python data.py pack --images photos --out shards     # pictures + captions -> cleaned tar shards
     python data.py stats --data 'shards/*.tar'           # sizes, captions, speed, a contact sheet
     python data.py cache --data 'shards/*.tar' --weights DIR_OR_REPO --out latents   # encoded once
-    python data.py cache --data 'shards/*.tar' --weights DIR_OR_REPO --text --out latents    # all
+    python data.py cache --data 'shards/*.tar' --weights DIR_OR_REPO --text    # captions, too
 
 The story in one paragraph: `pack` reads a folder of pictures with captions, leaves out what the
 paper leaves out, and writes tar files. `Shards` finds every sample in them without unpacking any,

@@ -674,7 +674,8 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     progress.bf16, progress.attention = run.bf16, run.attention
     progress.with_labels = with_labels
 
-    count = sum(p.numel() for p in denoiser.parameters())
+    count = sum(p.numel() for name, p in denoiser.named_parameters()
+                if not name.endswith(".scale"))    # of rows in 8 bits
     frozen = f", frozen ones in {base_dtype}," if lora else ""
     run.say(f"{size}: {count:,} parameters{frozen} on {run.ranks} x {run.device}; autoencoder and "
             f"text encoder from {inputs.parts}\n{why}")

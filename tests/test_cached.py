@@ -1,5 +1,6 @@
 """data.py cache --text: features are the encoder's, a run learns the same from them, and never
 from those of other weights."""
+import hashlib
 import json
 import re
 import shutil
@@ -100,6 +101,17 @@ def test_each_caption_has_the_features_of_the_encoder(shards, nano, pipeline):
             expected = data.encode_picture(vae, torch.tensor(picture), "cpu")
             assert bits.tobytes() == data.bits_of(expected)
     assert chosen == {0, 1, 2}
+
+
+def test_shards_have_the_digest_that_they_had(shards):
+    """The index knows more now; a run that began before goes on all the same."""
+    found = data.Shards(shards / "a.tar", SIZES)
+    columns = ("shard", "picture_offset", "picture_bytes", "json_offset", "json_bytes",
+               "txt_offset", "txt_bytes", "height", "width")
+    table = np.stack([found.rows[name] for name in columns], 1)
+    assert table.dtype == np.int64
+    before = hashlib.sha256(b'["a.tar"]' + table.tobytes()).hexdigest()[:16]
+    assert found.digest == before
 
 
 def test_features_are_the_same_alone_and_padded():
