@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, STEADY_SCRIPT, error_line, random_model, rows
+from shards import make_shards
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -742,7 +743,7 @@ def test_ranks_take_compiled_blocks(parts, nano, tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--size", "huge"], "--size: invalid choice: 'huge'"),
     (["--size", "full"], "name the shards to train on"),
-    (["--size", "full", "--data", __file__], "not the one that size full works with"),
+    (["--data", "{tmp}/file"], "torn or unreadable tar"),
     (["--data", "/nowhere/*.tar"], "no file matches"),
     (["--steps", "0"], "--steps"),
     (["--steps", "x"], "--steps"),
@@ -767,6 +768,13 @@ def test_bad_input_is_one_clear_line(flags, words, tmp_path, capsys, monkeypatch
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     out = ["--device", "cpu", "--out", str(tmp_path / "run")]
     assert words in error_line(train.main, [*out, *flags], capsys)
+
+
+def test_parts_of_another_size_are_no_parts(tmp_path, capsys):
+    """--parts forgotten: the default is the toy's."""
+    pattern = make_shards(tmp_path, 4)
+    flags = ["--device", "cpu", "--out", str(tmp_path / "run"), "--size", "full", "--data", pattern]
+    assert "not the one that size full works with" in error_line(train.main, flags, capsys)
 
 
 def test_weights_of_another_size_are_no_start(parts, tmp_path, capsys):
