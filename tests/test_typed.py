@@ -1,6 +1,5 @@
 """What people type: options that are none, words without quotation marks, numbers that are none;
 and what they are told then."""
-import argparse
 import os
 
 import pytest
@@ -84,21 +83,3 @@ def test_a_colleague_may_read_what_the_umask_lets_him(mask, mode, tmp_path):
 def test_a_word_is_quoted_as_one_types_it():
     assert [quoted(word) for word in ("star", "a star", "it's", "", "$5", "*.tar")] == [
         "star", '"a star"', '"it\'s"', "''", "'$5'", "'*.tar'"]
-
-
-@pytest.mark.parametrize("main", [sample.main, data.main])
-def test_every_default_is_named_in_the_help(main, monkeypatch):
-    """A default that does something stands in the option's own help, in its value or in words."""
-    parsers = []
-
-    def keep(self, words=None, namespace=None):
-        parsers.append(self)
-        raise SystemExit
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", keep)
-    with pytest.raises(SystemExit):
-        main([])
-    silent = [action.option_strings for action in parsers[0]._actions
-              if action.default not in (None, False, "", [], argparse.SUPPRESS)
-              and "default" not in action.help]
-    assert silent == []
