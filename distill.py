@@ -894,12 +894,14 @@ def arguments(argv):
              "(default: weights/toy)")
     add_part_flags(add)
     add("--out", default="runs/turbo", metavar="DIR",
-        help="the student, its state, metrics.jsonl, curves.svg, contact sheets")
+        help="the student, its state, metrics.jsonl, curves.svg, contact sheets (default: "
+             "%(default)s)")
     add("--data", metavar="GLOB",
         help="tar shards of `data.py pack`, or with --without gan a file of captions (default: the "
              "toy world)")
     add("--lora", type=not_negative, default=0, metavar="RANK",
-        help="student and fake are adapters on the teacher, instead of whole models")
+        help="student and fake are adapters on the teacher, instead of whole models (default: "
+             "0, whole models)")
     add("--without", action="append", default=[], choices=TERMS,
         help="leave this out, to see what it does; may be given more than once")
     add("--guidance", type=float,
@@ -912,15 +914,15 @@ def arguments(argv):
         help="train nothing: write the student of --out there, as a LoRA of rank --lora over "
              "--teacher")
     add("--steps", type=positive, help="of the student (default: what the size says)")
-    add("--seed", type=seed_number, default=0)
+    add("--seed", type=seed_number, default=0, help="default: %(default)s")
     add("--device", help="cpu or cuda (default: CUDA if there is one)")
     add("--compile", action=argparse.BooleanOptionalAction,
         help="compile the blocks (default: on a GPU)")
-    add("--save-every", type=positive, default=50, metavar="N", help="steps")
+    add("--save-every", type=positive, default=50, metavar="N", help="steps (default: %(default)s)")
     add("--eval-every", type=not_negative, default=100, metavar="N",
-        help="steps; the toy's six tasks, 20 prompts each; 0: never")
+        help="steps; the toy's six tasks, 20 prompts each; 0: never (default: %(default)s)")
     add("--preview-every", type=not_negative, default=100, metavar="N",
-        help="steps; 0: never")
+        help="steps; 0: never (default: %(default)s)")
     return parser.parse_args(argv)
 
 

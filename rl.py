@@ -708,7 +708,7 @@ def arguments(argv):
     add("--size", default="toy", choices=lens.SIZES, help="of that model (default: %(default)s)")
     add("--steps", type=positive, help="default: what the size says; of a search 8")
     add("--lr", type=float, help="default: what the size says")
-    add("--seed", type=seed_number, default=0)
+    add("--seed", type=seed_number, default=0, help="default: %(default)s")
     add("--device", help="cpu or cuda (default: CUDA if there is one)")
     add("--dtype", choices=("fp32", "bf16"), help="of the frozen base (default: the faster one)")
     add("--compile", action=argparse.BooleanOptionalAction,
@@ -729,7 +729,7 @@ def arguments(argv):
     add("--tasks", default=",".join(TASKS), help="of the toy world's prompts (default: all six)")
     add("--endpoint", metavar="URL", help="the judge: an OpenAI-compatible server, up to and with "
         "/v1; its key is read from LENS_API_KEY (default: the toy's checker)")
-    add("--model", default="default", help="the endpoint's model")
+    add("--model", default="default", help="the endpoint's model (default: %(default)s)")
 
     add = parser.add_argument_group("instead of training").add_argument
     add("--judge-check", action="store_true", help="score the judge on true and altered claims")

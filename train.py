@@ -1003,7 +1003,8 @@ def arguments(argv):
     add("--size", default="toy", choices=lens.SIZES, help="default: toy")
     add("--stage", default="all", choices=("1", "2", "all"),
         help="1: one area; 2: all areas; all: 1, then 2 (default)")
-    add("--out", default="runs/toy", metavar="DIR", help="checkpoint, metrics, curves, previews")
+    add("--out", default="runs/toy", metavar="DIR",
+        help="checkpoint, metrics, curves, previews (default: %(default)s)")
     add("--parts", metavar="DIR_OR_REPO",
         help="autoencoder and text encoder (default: those of --out, else of weights/toy)")
     add_part_flags(add)
@@ -1012,10 +1013,10 @@ def arguments(argv):
     add("--data", metavar="GLOB", help="shards of `data.py pack` or `cache`, say 'shards/*.tar' "
         "(default: the toy world); of `cache --text`, --parts are not loaded")
     add("--lora", type=not_negative, default=0, metavar="RANK",
-        help="train an adapter over --init instead of all weights")
+        help="train an adapter over --init instead of all weights (default: 0, all weights)")
     add("--base-dtype", choices=BASE_DTYPES, help="of --init under --lora (default: bf16; fp32 for "
         "the toy's sizes and with --fsdp); tools/budget.py lora says what fits")
-    add("--seed", type=seed_number, default=0)
+    add("--seed", type=seed_number, default=0, help="default: %(default)s")
     add("--export", metavar="DIR",
         help="train nothing: score what --out holds and write it there in bf16, to ship")
     add("--export-lora", choices=("comfy",), help="train nothing: write the LoRA of --out (of "
@@ -1027,9 +1028,9 @@ def arguments(argv):
         help="pictures in a device batch, one number for each of the stage's areas, the smallest "
         "first (with --stage all: for those of stage 2)")
     add("--accumulate", type=positive, default=1, metavar="N",
-        help="device batches that a rank takes for one step")
+        help="device batches that a rank takes for one step (default: %(default)s)")
     add("--recompute", default="none", choices=("none", "selective", "full"),
-        help="activations to compute again, to save memory")
+        help="activations to compute again, to save memory (default: %(default)s)")
     add("--fsdp", action="store_true", help="under torchrun: share weights and moments among the "
         "ranks (else DDP: each holds all)")
     add("--workers", type=not_negative, default=min(4, usable_cores()),
@@ -1039,10 +1040,12 @@ def arguments(argv):
         "times as fast after a minute (default: on a GPU; a CPU needs a C++ compiler)")
 
     add = parser.add_argument_group("when").add_argument
-    add("--save-every", type=positive, default=250, metavar="N", help="steps")
+    add("--save-every", type=positive, default=250, metavar="N",
+        help="steps (default: %(default)s)")
     add("--eval-every", type=not_negative, default=0, metavar="N",
-        help="steps; six tasks, 20 prompts each; 0: never")
-    add("--preview-every", type=not_negative, default=1000, metavar="N", help="steps; 0: never")
+        help="steps; six tasks, 20 prompts each (default: 0, never)")
+    add("--preview-every", type=not_negative, default=1000, metavar="N",
+        help="steps; 0: never (default: %(default)s)")
     return parser.parse_args(argv)
 
 

@@ -13,7 +13,9 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
+import time
 import unicodedata
 import warnings
 from pathlib import Path
@@ -225,11 +227,34 @@ def run_command(main):
     try:
         main()
     except (LensError, torch.OutOfMemoryError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        say_error(str(e), int(os.environ.get("RANK", 0)))
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def say_error(message, rank):
+    """One line on stderr. Under torchrun most errors meet all ranks at once, and rank 0 says them:
+    another rank waits first, and where rank 0 failed too, torchrun ends it meanwhile.
+
+    What torchrun then prints itself, a traceback of its own, nothing here can stop; its last lines
+    name the message, which it takes from a file.
+    """
+    who = ""
+    if rank > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)          # a run's Notice would go on waiting
+        time.sleep(PATIENCE)
+        who = f"rank {rank}: "
+    print(f"error: {who}{message}", file=sys.stderr)
+    for_torchrun = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if for_torchrun:
+        with contextlib.suppress(OSError):
+            about = {"timestamp": str(int(time.time()))}
+            write_json(for_torchrun, {"message": {"message": message, "extraInfo": about}})
+
+
+PATIENCE = 3                   # seconds that other ranks leave to rank 0
 
 
 # --- Files ----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from kit.files import (
     file_hash,
     first_few,
     open_safetensors,
+    quoted,
     read_json,
     require,
     unread_weights,
@@ -292,13 +293,19 @@ def check_parts(places, parts):
             check_part(path, part)
 
 
+# What makes the toy's parts.
+MAKES = {"transformer": "python train.py", "vae": "python -m toy.autoencoder",
+         "text_encoder": "python -m toy.language"}
+
+
 def check_part(path, part):
     """LensError unless a folder or its base has this part, with what to do."""
     found = part_folder(path, part).exists()
     require(found or not adapter_files(path), f"{path} is an adapter whose base is not known: name "
             f"that with --weights and the adapter with --lora, or write \"base\" into "
             f"{path}/{INDEX_NAME}")
-    require(found, f"no weights in {path}: expected {path}/{part}/*.safetensors")
+    require(found, f"no weights in {path}: expected {path}/{part}/*.safetensors; the toy's are "
+            f"made by `{MAKES[part]} --out {quoted(str(path))}`")
 
 
 def pipeline_index(folder):

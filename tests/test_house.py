@@ -352,6 +352,24 @@ def test_help_ends_with_the_commands(script, capsys):
     assert first.rstrip() in text
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_default_is_named_in_the_help(script, monkeypatch):
+    """A default that does something stands in the option's own help, in its value or in words."""
+    parsers = []
+
+    def keep(self, words=None, namespace=None):
+        parsers.append(self)
+        raise UnderstoodError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", keep)
+    with pytest.raises(UnderstoodError):
+        importlib.import_module(script).main([])
+    silent = [action.option_strings for action in parsers[0]._actions
+              if not any(action.default is nothing for nothing in (None, False, argparse.SUPPRESS))
+              and action.default not in ("", []) and "default" not in (action.help or "")]
+    assert silent == []
+
+
 @pytest.mark.parametrize(
     "command", sorted({*readme_commands(), *docstring_commands(), *exercise_commands()}),
     ids=" ".join)

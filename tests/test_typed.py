@@ -1,7 +1,9 @@
 """What people type: options that are none, words without quotation marks, numbers that are none;
 and what they are told then."""
-import argparse
 import os
+import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from conftest import error_line
 import data
 import sample
 import train
-from kit.files import quoted, write_safetensors, write_text
+from kit.files import quoted, read_json, require, write_safetensors, write_text
 
 LONG_DASH = "\u2013"
 
@@ -68,6 +70,43 @@ def test_a_path_that_is_typed_wrong_is_answered_with_its_neighbour(main, typed, 
     assert "Errno" not in line
 
 
+@pytest.mark.parametrize("there, said", [
+    ([], "expected {here}/transformer/*.safetensors; the toy's are made by `python train.py --out"),
+    (["transformer"], "by `python -m toy.autoencoder --out '{here}'`"),
+    (["transformer", "vae"], "by `python -m toy.language --out '{here}'`"),
+])
+def test_a_missing_part_is_answered_with_what_makes_it(there, said, tmp_path, capsys):
+    here = tmp_path / "my toy"
+    here.mkdir()
+    for part in there:
+        shutil.copytree(sample.TOY / part, here / part)
+    line = error_line(sample.main, ["--weights", str(here), "--prompt", "a"], capsys)
+    assert said.replace("{here}", str(here)) in line
+
+
+def test_under_torchrun_rank_0_says_an_error_first(tmp_path, monkeypatch, capsys):
+    """Another rank waits until torchrun has ended it; where that failed alone, it says so. For the
+    last lines of torchrun itself the message is put into its file."""
+    said, handler = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(time, "sleep", lambda seconds: said.append(capsys.readouterr().err))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    try:
+        for rank, waits, line in (("0", 0, "error: no such data"),
+                                  ("1", 1, "error: rank 1: no such data")):
+            monkeypatch.setenv("RANK", rank)
+            assert error_line(fails, [], capsys) == line
+            assert said == waits * [""]
+            notes = read_json(tmp_path / "error.json")
+            assert notes["message"]["message"] == "no such data"
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def fails(argv):
+    require(False, "no such data")
+
+
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_a_colleague_may_read_what_the_umask_lets_him(mask, mode, tmp_path):
     """safetensors' own writer lets nobody but the owner."""
@@ -84,21 +123,3 @@ def test_a_colleague_may_read_what_the_umask_lets_him(mask, mode, tmp_path):
 def test_a_word_is_quoted_as_one_types_it():
     assert [quoted(word) for word in ("star", "a star", "it's", "", "$5", "*.tar")] == [
         "star", '"a star"', '"it\'s"', "''", "'$5'", "'*.tar'"]
-
-
-@pytest.mark.parametrize("main", [sample.main, data.main])
-def test_every_default_is_named_in_the_help(main, monkeypatch):
-    """A default that does something stands in the option's own help, in its value or in words."""
-    parsers = []
-
-    def keep(self, words=None, namespace=None):
-        parsers.append(self)
-        raise SystemExit
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", keep)
-    with pytest.raises(SystemExit):
-        main([])
-    silent = [action.option_strings for action in parsers[0]._actions
-              if action.default not in (None, False, "", [], argparse.SUPPRESS)
-              and "default" not in action.help]
-    assert silent == []

@@ -494,7 +494,8 @@ def main(argv=None):
     add("--dtype", choices=("fp32", "bf16"), help="default: the faster one")
     add("--compile", action="store_true",
         help="compile the blocks, and the decoder; on a GPU, sample records CUDA graphs too")
-    add("--steps", type=positive, default=sample.STEPS, help="of the sampler")
+    add("--steps", type=positive, default=sample.STEPS,
+        help="of the sampler (default: %(default)s)")
     add("--fp8", action="store_true", help="sample: a second line a case, with 8-bit matrices")
     add("--full", action="store_true", help="sample: every case, not a few")
     add("--recompute", choices=("none", "selective", "full"),

@@ -766,17 +766,20 @@ def main(argv=None):
     add = parser.add_argument
     add("what", choices=("train", "lora", "rl", "distill", "step"))
     add("recipe", nargs="?", choices=("rl", "distill", "lora"), help="which step")
-    add("--size", default="full", help="one of " + ", ".join(lens.SIZES))
+    add("--size", default="full", help=f"one of {', '.join(lens.SIZES)} (default: %(default)s)")
     add("--lora", type=not_negative, metavar="RANK", help="of adapters (default: train none, rl "
         f"what the size says, lora {LORA_RANK}, else {RANK})")
     add("--base-dtype", choices=train.BASE_DTYPES,
         help="of train --lora and step lora, as train.py has it")
-    add("--stage", type=int, default=2, choices=(1, 2), help="of train")
+    add("--stage", type=int, default=2, choices=(1, 2), help="of train (default: %(default)s)")
     add("--without", choices=("gan",), help="distill: no discriminator, as distill.py has it")
-    add("--tflops", type=float, default=400.0, metavar="N", help="TFLOP/s that a GPU keeps up")
-    add("--area", type=positive, default=512, help="of a step: pixels on a side")
-    add("--pictures", type=positive, default=1, help="of a step")
-    add("--text", type=positive, default=TEXT, help="of a step: text tokens")
+    add("--tflops", type=float, default=400.0, metavar="N",
+        help="TFLOP/s that a GPU keeps up (default: %(default)s)")
+    add("--area", type=positive, default=512,
+        help="of a step: pixels on a side (default: %(default)s)")
+    add("--pictures", type=positive, default=1, help="of a step (default: %(default)s)")
+    add("--text", type=positive, default=TEXT,
+        help="of a step: text tokens (default: %(default)s)")
     add("--blocks", type=positive, help="of a step: how many of the size's blocks (default: all)")
     add("--device", help="of a step: cpu or cuda (default: CUDA if there is one)")
     args = parser.parse_args(argv)

@@ -53,10 +53,11 @@ def strip(prompt, weights, seed=0):
 def main(argv=None):
     parser = Parser("One animated WebP of a picture over the sampler's steps.", __doc__)
     add = parser.add_argument
-    add("--prompt", default="a red circle to the left of a blue square")
-    add("--weights", default=sample.TOY, metavar="DIR")
-    add("--seed", type=seed_number, default=0)
-    add("--out", default="strip.webp", metavar="FILE.webp")
+    add("--prompt", default="a red circle to the left of a blue square",
+        help="default: %(default)s")
+    add("--weights", default=sample.TOY, metavar="DIR", help="default: weights/toy")
+    add("--seed", type=seed_number, default=0, help="default: %(default)s")
+    add("--out", default="strip.webp", metavar="FILE.webp", help="default: %(default)s")
     args = parser.parse_args(argv)
 
     frames = strip(args.prompt, args.weights, args.seed)

@@ -446,6 +446,11 @@ def train(run, settings):
         progress.dtype = choose_dtype(run, learner.vae, pixels)
     run.bf16 = progress.dtype == "bf16"
 
+    length = f"{settings.steps} steps"
+    if settings.steps is None:
+        length = f"{settings.minutes:g} minutes"
+    run.say(f"the autoencoder trains for {length} in all, saved every {settings.save_every} steps")
+
     log = Log(run, progress.step)
     notice = Notice()
     batches = batches_from(run.seed, first=progress.step)
@@ -493,24 +498,29 @@ def finish(run, settings, ema, progress, report, command):
 
 
 def main(argv=None):
-    parser = Parser("Train the toy autoencoder on drawn scenes.", __doc__)
+    parser = Parser("Train the toy autoencoder on drawn scenes, for 24 minutes unless --minutes or "
+                    "--steps says otherwise. The same command again resumes.", __doc__)
     parser.add_argument("--out", required=True, metavar="DIR",
-                        help="write DIR/vae; the same command again resumes")
+                        help="write DIR/vae")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=24, help="train this long")
+    length.add_argument("--minutes", type=float, default=24,
+                        help="train this long (default: %(default)s)")
     length.add_argument("--steps", type=positive, help="or this many steps")
-    parser.add_argument("--size", default="toy", help="toy, nano (for tests) or full")
-    parser.add_argument("--seed", type=seed_number, default=0)
+    parser.add_argument("--size", default="toy",
+                        help="toy, nano (for tests) or full (default: %(default)s)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
     parser.add_argument("--semantic", type=float, default=0.1,
-                        help="weight of the semantic term (0: none)")
+                        help="weight of the semantic term; 0: none (default: %(default)s)")
     parser.add_argument("--kl", type=float, default=1e-3,
-                        help="weight of the KL term, per latent number")
+                        help="weight of the KL term, per latent number (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp32"],
-                        help="auto: measure, take the faster")
-    parser.add_argument("--save-every", type=positive, default=300, help="steps")
-    parser.add_argument("--preview-every", type=positive, default=300, help="steps")
+                        help="auto: measure, take the faster (default)")
+    parser.add_argument("--save-every", type=positive, default=300, metavar="N",
+                        help="steps (default: %(default)s)")
+    parser.add_argument("--preview-every", type=positive, default=300, metavar="N",
+                        help="steps (default: %(default)s)")
     parser.add_argument("--report", type=positive, default=500,
-                        help="held-out scenes of the final report")
+                        help="held-out scenes of the final report (default: %(default)s)")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     require(args.size in SIZES, f"unknown size '{args.size}': choose one of {', '.join(SIZES)}")

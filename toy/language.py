@@ -585,10 +585,12 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/toy", metavar="DIR",
                         help="gets text_encoder, tokenizer, and text, the run's own folder "
                              "(default: %(default)s)")
-    parser.add_argument("--size", default="toy", help="toy or nano, which is for tests")
+    parser.add_argument("--size", default="toy",
+                        help="toy, or nano, which is for tests (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=STEPS, help="default: %(default)s")
-    parser.add_argument("--seed", type=seed_number, default=0)
-    parser.add_argument("--save-every", type=positive, default=250, metavar="N", help="steps")
+    parser.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
+    parser.add_argument("--save-every", type=positive, default=250, metavar="N",
+                        help="steps (default: %(default)s)")
     parser.add_argument("--device", help="cpu or cuda (default: CUDA if there is one)")
     args = parser.parse_args(argv)
     require(args.size in ("nano", "toy"),
