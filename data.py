@@ -59,6 +59,7 @@ from kit.files import (
     replace_file,
     require,
     run_command,
+    user_path,
     write_text,
 )
 from kit.images import (
@@ -1015,7 +1016,7 @@ def bases_option(text):
 def build_parser():
     parser = Parser("Pictures of your own as tar shards to train on.", __doc__)
     parser.add_argument("command", nargs="?", choices=("pack", "stats", "cache"))
-    parser.add_argument("--out", metavar="PATH",
+    parser.add_argument("--out", metavar="PATH", type=user_path,
                         help="pack, cache: a folder (default: shards, latents); "
                              "stats: the contact sheet (default: shards.png)")
 
@@ -1072,7 +1073,7 @@ def main(argv=None):
         parser.print_help()
         return
 
-    out = Path(os.path.expanduser(args.out or DEFAULT_OUT[args.command]))
+    out = Path(args.out or DEFAULT_OUT[args.command])
     if args.command == "pack":
         require(not args.data, "pack reads a folder of pictures: --images DIR, not --data")
         require(args.images, "pack needs --images DIR, the folder of your pictures")

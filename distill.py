@@ -56,7 +56,7 @@ import lens
 import sample
 import train
 from kit.checkpoint import load_pipeline, save_pipeline, unsharded
-from kit.files import Parser, not_negative, positive, require, run_command, seed_number
+from kit.files import Parser, not_negative, positive, require, run_command, seed_number, user_path
 from kit.images import contact_sheet, save_png
 from kit.places import (
     Places,
@@ -893,7 +893,7 @@ def arguments(argv):
         help="the model to distil, where student and fake start too: a folder, file or hub id "
              "(default: weights/toy)")
     add_part_flags(add)
-    add("--out", default="runs/turbo", metavar="DIR",
+    add("--out", type=user_path, default="runs/turbo", metavar="DIR",
         help="the student, its state, metrics.jsonl, curves.svg, contact sheets (default: "
              "%(default)s)")
     add("--data", metavar="GLOB",
@@ -910,7 +910,7 @@ def arguments(argv):
         help="the student's; the fake's keeps its ratio to it (default: what the size says)")
     add("--fsdp", action="store_true",
         help="under torchrun: weights and moments are shared out over the ranks")
-    add("--export", metavar="DIR",
+    add("--export", type=user_path, metavar="DIR",
         help="train nothing: write the student of --out there, as a LoRA of rank --lora over "
              "--teacher")
     add("--steps", type=positive, help="of the student (default: what the size says)")

@@ -53,7 +53,7 @@ import sample
 import train
 from kit.chat import Endpoint
 from kit.checkpoint import load_pipeline, save_pipeline
-from kit.files import Parser, not_negative, positive, require, run_command, seed_number
+from kit.files import Parser, not_negative, positive, require, run_command, seed_number, user_path
 from kit.images import contact_sheet, save_png
 from kit.lora import add_lora, lora_parameters, merge_lora, named_lora, save_lora, set_lora
 from kit.places import add_part_flags, base_from, fetch_places, gather, read_metadata
@@ -700,7 +700,7 @@ def arguments(argv):
     parser = Parser("Reward RL: rubrics, judges and DiffusionNFT. The same command again resumes.",
                     __doc__)
     add = parser.add_argument_group("the run").add_argument
-    add("--out", default="runs/rl", metavar="DIR",
+    add("--out", type=user_path, default="runs/rl", metavar="DIR",
         help="the LoRA, its state, metrics.jsonl, contact sheets (default: %(default)s)")
     add("--init", default=str(sample.TOY), metavar="DIR_FILE_OR_REPO",
         help="the model to improve (default: weights/toy)")
@@ -722,7 +722,7 @@ def arguments(argv):
         help="steps; 0: never (default: %(default)s)")
 
     add = parser.add_argument_group("prompts and judge").add_argument
-    add("--data", metavar="FILE",
+    add("--data", type=user_path, metavar="FILE",
         help="prompts with rubrics, JSON lines (default: the toy world's)")
     add("--pool", type=positive, default=1000, metavar="N",
         help="prompts of the toy world, or to write (default: %(default)s)")
@@ -733,12 +733,14 @@ def arguments(argv):
 
     add = parser.add_argument_group("instead of training").add_argument
     add("--judge-check", action="store_true", help="score the judge on true and altered claims")
-    add("--write-prompts", metavar="FILE",
+    add("--write-prompts", type=user_path, metavar="FILE",
         help="have the endpoint's model write --pool prompts with rubrics")
-    add("--merge", metavar="DIR", help="write --init with the LoRA of --out merged into it")
+    add("--merge", type=user_path, metavar="DIR",
+        help="write --init with the LoRA of --out merged into it")
     add("--search", action="store_true",
         help="search for a better system prompt of the reasoner, in --steps candidates")
-    add("--system-prompt", metavar="FILE", help="where that search starts (default: sample.py's; "
+    add("--system-prompt", type=user_path, metavar="FILE",
+        help="where that search starts (default: sample.py's; "
         "the toy's: the bare rule to rewrite)")
     add("--requests", choices=("brief", "vague"), default="brief",
         help="how the toy world is asked for in that search (default: %(default)s)")

@@ -25,7 +25,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -51,6 +50,7 @@ from kit.files import (
     require,
     run_command,
     seed_number,
+    user_path,
     utf8_text,
     write_json_lines,
 )
@@ -626,18 +626,19 @@ def open_start(path):
 def arguments(argv):
     parser = Parser("Make pictures from prompts, or score a model on the toy world.", __doc__,
                     bare="python sample.py --prompt")
-    path = os.path.expanduser                      # a shell leaves a quoted ~ as it is
     add = parser.add_argument_group("what to make").add_argument
     add("--prompt", action="append", type=utf8_text,
         help="what the picture shows; may be given more than once")
-    add("--prompts-file", metavar="FILE", type=path, help="one prompt a line. Of a .jsonl file, "
+    add("--prompts-file", metavar="FILE", type=user_path,
+        help="one prompt a line. Of a .jsonl file, "
         "GenEval's: pictures go into the folders that its evaluator reads")
     add("--negative", default="", type=utf8_text,
         help="what it should not show, under guidance; empty: no text at all")
     add("--seed", type=seed_number, default=0,
         help="of the first picture; the next have seed + 1, ... (default: %(default)s)")
     add("--num", type=positive, default=1, help="pictures a prompt (default: %(default)s)")
-    add("--image", metavar="FILE", type=path, help="a picture to start from; its middle is taken "
+    add("--image", metavar="FILE", type=user_path,
+        help="a picture to start from; its middle is taken "
         "where its proportions are not those asked for")
     add("--strength", type=float,
         help=f"how much of --image is redrawn, above 0 to 1 (default: {STRENGTH})")
@@ -677,18 +678,20 @@ def arguments(argv):
     add = parser.add_argument_group("the reasoner").add_argument
     add("--reason", action="store_true",
         help="rewrite each prompt into a dense one first, as the captions in training were")
-    add("--system-prompt", metavar="FILE", type=path, help="what the reasoner is told (default: "
+    add("--system-prompt", metavar="FILE", type=user_path,
+        help="what the reasoner is told (default: "
         "the project's own words; rl.py --search finds others)")
     add("--endpoint", metavar="URL", help="OpenAI-compatible, up to and with /v1 (default: the "
         "text encoder writes); its key is read from LENS_API_KEY")
     add("--model", help="the endpoint's model")
 
     add = parser.add_argument_group("out").add_argument
-    add("--out", default="out", metavar="PATH", type=path, help="folder for the pictures (default: "
+    add("--out", default="out", metavar="PATH", type=user_path,
+        help="folder for the pictures (default: "
         "%(default)s), or a file: picture.png, .jpg or .webp (of several: picture-0.png, ...)")
     add("--scale", type=positive, default=1, metavar="N", help="write each pixel N times across "
         "and down, to see small pictures large (default: %(default)s)")
-    add("--cache", default=default_cache(), metavar="DIR", type=path,
+    add("--cache", default=default_cache(), metavar="DIR", type=user_path,
         help=f"folder for prompt features, {CACHE_BYTES >> 30} GiB at most; '' for none "
         "(default: %(default)s)")
 

@@ -55,6 +55,7 @@ from kit.files import (
     require,
     run_command,
     seed_number,
+    user_path,
 )
 from kit.fp8 import e4m3
 from kit.images import contact_sheet
@@ -1003,7 +1004,7 @@ def arguments(argv):
     add("--size", default="toy", choices=lens.SIZES, help="default: toy")
     add("--stage", default="all", choices=("1", "2", "all"),
         help="1: one area; 2: all areas; all: 1, then 2 (default)")
-    add("--out", default="runs/toy", metavar="DIR",
+    add("--out", type=user_path, default="runs/toy", metavar="DIR",
         help="checkpoint, metrics, curves, previews (default: %(default)s)")
     add("--parts", metavar="DIR_OR_REPO",
         help="autoencoder and text encoder (default: those of --out, else of weights/toy)")
@@ -1017,7 +1018,7 @@ def arguments(argv):
     add("--base-dtype", choices=BASE_DTYPES, help="of --init under --lora (default: bf16; fp32 for "
         "the toy's sizes and with --fsdp); tools/budget.py lora says what fits")
     add("--seed", type=seed_number, default=0, help="default: %(default)s")
-    add("--export", metavar="DIR",
+    add("--export", type=user_path, metavar="DIR",
         help="train nothing: score what --out holds and write it there in bf16, to ship")
     add("--export-lora", choices=("comfy",), help="train nothing: write the LoRA of --out (of "
         "train.py, rl.py or distill.py) as ComfyUI reads it, into --out/comfyui_lora.safetensors")

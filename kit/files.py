@@ -206,6 +206,12 @@ def seed_number(text):
     return number
 
 
+def user_path(text):
+    """An argparse type: a path. A shell leaves a quoted ~ as it is, and a folder of that name would
+    be made."""
+    return os.path.expanduser(text)
+
+
 def utf8_text(text):
     """An argparse type: text in its `one_form`, which can be written. Bytes in another encoding
     reach us as lone surrogates, which no file takes."""

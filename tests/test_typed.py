@@ -1,5 +1,7 @@
 """What people type: options that are none, words without quotation marks, numbers that are none;
 and what they are told then."""
+import argparse
+import importlib
 import os
 import shutil
 import signal
@@ -123,3 +125,29 @@ def test_a_colleague_may_read_what_the_umask_lets_him(mask, mode, tmp_path):
 def test_a_word_is_quoted_as_one_types_it():
     assert [quoted(word) for word in ("star", "a star", "it's", "", "$5", "*.tar")] == [
         "star", '"a star"', '"it\'s"', "''", "'$5'", "'*.tar'"]
+
+
+@pytest.mark.parametrize("command", ["sample", "train", "rl", "distill", "toy.autoencoder",
+                                     "toy.language", "tools.strip", "data"])
+def test_a_quoted_tilde_is_the_home_folder(command, tmp_path, monkeypatch):
+    """A folder of that name was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen = {}
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args",
+                        keep_parsed(argparse.ArgumentParser.parse_args, seen))
+    with pytest.raises(Parsed):
+        importlib.import_module(command).main(["--out", "~/x"])
+    assert seen["out"] == str(tmp_path / "x")
+
+
+class Parsed(Exception):
+    pass
+
+
+def keep_parsed(parse, seen):
+    """parse_args that keeps what it made of the words, and ends the command."""
+    def parsed(parser, words=None, namespace=None):
+        seen.update(vars(parse(parser, words, namespace)))
+        raise Parsed
+
+    return parsed

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 import lens  # noqa: E402  (the path above comes first)
 import sample  # noqa: E402
 from kit.checkpoint import load_vae  # noqa: E402
-from kit.files import Parser, replace_file, run_command, seed_number  # noqa: E402
+from kit.files import Parser, replace_file, run_command, seed_number, user_path  # noqa: E402
 from kit.images import contact_sheet  # noqa: E402
 from kit.places import PARTS, fetch  # noqa: E402
 from kit.run import pick_device  # noqa: E402
@@ -57,7 +57,8 @@ def main(argv=None):
         help="default: %(default)s")
     add("--weights", default=sample.TOY, metavar="DIR", help="default: weights/toy")
     add("--seed", type=seed_number, default=0, help="default: %(default)s")
-    add("--out", default="strip.webp", metavar="FILE.webp", help="default: %(default)s")
+    add("--out", type=user_path, default="strip.webp", metavar="FILE.webp",
+        help="default: %(default)s")
     args = parser.parse_args(argv)
 
     frames = strip(args.prompt, args.weights, args.seed)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import data
 from kit.checkpoint import save_pipeline
-from kit.files import Parser, positive, require, run_command, seed_number
+from kit.files import Parser, positive, require, run_command, seed_number, user_path
 from kit.images import contact_sheet, save_png, to_images, to_pil
 from kit.run import Log, Notice, average_decay, follow, make_loader, race, start_run
 from kit.state import load_state, save_state
@@ -500,7 +500,7 @@ def finish(run, settings, ema, progress, report, command):
 def main(argv=None):
     parser = Parser("Train the toy autoencoder on drawn scenes, for 24 minutes unless --minutes or "
                     "--steps says otherwise. The same command again resumes.", __doc__)
-    parser.add_argument("--out", required=True, metavar="DIR",
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR",
                         help="write DIR/vae")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=24,

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import lens
 from kit.checkpoint import save_pipeline
-from kit.files import Parser, positive, require, run_command, seed_number
+from kit.files import Parser, positive, require, run_command, seed_number, user_path
 from kit.run import Log, Notice, learning_rate_factor, make_loader, start_run
 from kit.state import check_same_run, load_state, save_state
 from toy.world import (
@@ -582,7 +582,7 @@ def train_text(run, settings, folder, size, steps, save_every):
 def main(argv=None):
     parser = Parser("Train the toy's tokenizer and text encoder. The same command again resumes.",
                     __doc__)
-    parser.add_argument("--out", default="runs/toy", metavar="DIR",
+    parser.add_argument("--out", type=user_path, default="runs/toy", metavar="DIR",
                         help="gets text_encoder, tokenizer, and text, the run's own folder "
                              "(default: %(default)s)")
     parser.add_argument("--size", default="toy",

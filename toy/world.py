@@ -705,11 +705,11 @@ def sample_scene(seed, epoch, index, height, width, task=None, style="dense"):
 
 def main(argv=None):
     # Imported here, so that processes which only draw need not load torch.
-    from kit.files import Parser
+    from kit.files import Parser, user_path
     from kit.images import contact_sheet, save_png
 
     parser = Parser("A contact sheet of the toy world, and its captions.", __doc__)
-    parser.add_argument("--out", default="toy_world.png", metavar="PNG",
+    parser.add_argument("--out", type=user_path, default="toy_world.png", metavar="PNG",
                         help="the contact sheet (default %(default)s)")
     args = parser.parse_args(argv)
 
