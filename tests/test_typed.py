@@ -1,7 +1,6 @@
 """What people type: options that are none, words without quotation marks, numbers that are none;
 and what they are told then."""
 import argparse
-import importlib
 import os
 import shutil
 import signal
@@ -12,9 +11,14 @@ import torch
 from conftest import error_line
 
 import data
+import distill
+import rl
 import sample
+import toy.autoencoder
+import toy.language
 import train
 from kit.files import quoted, read_json, require, write_safetensors, write_text
+from tools import strip
 
 LONG_DASH = "\u2013"
 
@@ -127,8 +131,8 @@ def test_a_word_is_quoted_as_one_types_it():
         "star", '"a star"', '"it\'s"', "''", "'$5'", "'*.tar'"]
 
 
-@pytest.mark.parametrize("command", ["sample", "train", "rl", "distill", "toy.autoencoder",
-                                     "toy.language", "tools.strip", "data"])
+@pytest.mark.parametrize("command", [sample, train, rl, distill, toy.autoencoder, toy.language, strip,
+                                     data], ids=lambda module: module.__name__)
 def test_a_quoted_tilde_is_the_home_folder(command, tmp_path, monkeypatch):
     """A folder of that name was made."""
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -136,7 +140,7 @@ def test_a_quoted_tilde_is_the_home_folder(command, tmp_path, monkeypatch):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args",
                         keep_parsed(argparse.ArgumentParser.parse_args, seen))
     with pytest.raises(Parsed):
-        importlib.import_module(command).main(["--out", "~/x"])
+        command.main(["--out", "~/x"])
     assert seen["out"] == str(tmp_path / "x")
 
 
