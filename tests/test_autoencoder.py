@@ -253,7 +253,7 @@ def test_sigterm_to_the_whole_group_leaves_the_drawing_process_alone(tmp_path):
     (["--out", "x", "--minutes", "-1"], "--minutes"),
     (["--out", "x", "--steps", "1", "--minutes", "1"], "not allowed"),
     (["--out", "/proc/nothing"], "/proc/nothing"),
-    (["--check", "/nowhere"], "--out"),
+    (["--check", "/nowhere"], "--check"),
     ([], "--out"),
 ])
 def test_errors_are_one_line(arguments, words, capsys, monkeypatch, tmp_path):
