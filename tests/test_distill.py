@@ -679,6 +679,7 @@ def test_two_processes_share_the_weights_and_one_goes_on(base, whole, tmp_path):
 # --- Evaluation and the command line --------------------------------------------------------------
 
 def stub_evaluate(pipeline, height, width, steps, guidance, per_task, progress, diversity):
+    assert progress                                # or nothing moves meanwhile
     return {"overall": steps / 100 + guidance, "measured": float(diversity)}, [], []
 
 

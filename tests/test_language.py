@@ -423,12 +423,16 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, monkeypatch, quick, one_thr
     with pytest.raises(SystemExit) as ended:
         train(tmp_path / "stopped", "--steps", "8")
     assert ended.value.code == 0
-    assert "at step 4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("first the tokenizer is learned: a few seconds\n")
+    assert "at step 4" in said
     assert not (tmp_path / "stopped" / "text_encoder").exists()
 
     monkeypatch.setattr(language, "train_step", step_done)
     train(tmp_path / "stopped", "--steps", "8")
-    assert "resuming at step 4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resuming at step 4" in said
+    assert "\nnext: python -m toy.autoencoder --out " in said
     assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 

@@ -563,6 +563,7 @@ def test_previews_and_scores_come_when_they_are_due(nano, tmp_path, monkeypatch,
     asked = []
 
     def evaluate(pipeline, height, width, steps, guidance, per_task, progress):
+        assert progress                            # or nothing moves meanwhile
         asked.append((height, width, guidance, per_task))
         return {"overall": 0.5}, None, None
 
