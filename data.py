@@ -462,6 +462,17 @@ class Shards:
                 found[name] = Part(path, offset, length)
         return found
 
+    def first_captions(self, count):
+        """A caption each of the first `count` samples that have one."""
+        found = []
+        for i in range(len(self.rows)):
+            if len(found) == count:
+                break
+            with contextlib.suppress(Fault, OSError):
+                captions, _ = captions_and_notes(self.parts(i))
+                found += captions[:1]
+        return found
+
     def file_name(self, i):
         return Path(self.paths[self.rows["shard"][i]]).name
 
@@ -592,6 +603,9 @@ class ShardSource:
     def lengths(self, epoch):
         return self.shards.lengths
 
+    def first_captions(self, count):
+        return self.shards.first_captions(count)
+
     def stream(self, planned):
         # What the loader takes for an index is a PlannedBatch, and what it takes for an item is the
         # Reading of a whole batch.
@@ -691,6 +705,9 @@ class CaptionSource:
 
     def lengths(self, epoch):
         return self.counts
+
+    def first_captions(self, count):
+        return self.captions[:count]
 
     def stream(self, planned):
         for bucket, samples, epoch in planned:

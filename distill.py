@@ -608,6 +608,7 @@ class Output:
     encoder: lens.TextEncoder
     home: tuple            # (height, width) at which the student is evaluated
     same: dict             # {flag: value}, the settings that a resume must share
+    shown: tuple = ()      # prompts of the sheets; none: held-out ones of the toy world
 
 
 def save(run, players, optimizers, progress, output):
@@ -679,13 +680,16 @@ class Viewer:
         if pipeline is None:
             return {}
         scores, _, _ = sample.evaluate(pipeline, *self.output.home, steps, guidance, per_task=20,
-                                       progress=False, diversity=True)
+                                       progress=True, diversity=True)
         return scores
 
     def sheet(self, path):
         """A contact sheet, one prompt and seed a column. Rows: the teacher's 20 guided steps; its 4
         plain steps; the student's 4 plain steps."""
-        prompts = [row.prompt for task in TASKS for row in held_out(task, 2, *self.output.home)]
+        prompts = self.output.shown
+        if not prompts:
+            prompts = [row.prompt for task in TASKS
+                       for row in held_out(task, 2, *self.output.home)]
         if self.teacher_pictures is None:
             guided = self.pictures("teacher", prompts, sample.STEPS, self.guidance)
             plain = self.pictures("teacher", prompts, STEPS, 1.0)
@@ -702,7 +706,7 @@ class Viewer:
             return []
         height, width = self.output.home
         return sample.generate(prompts, pipeline, height=height, width=width, steps=steps,
-                               guidance=guidance)
+                               guidance=guidance, progress=True)
 
 
 # --- The loop -------------------------------------------------------------------------------------
@@ -855,8 +859,12 @@ def distill(run, size, teacher, settings, same, schedule, pattern=None, lora=0, 
     require(progress.data in (None, source.digest), "--data: these are not the shards or captions "
             f"that the run in {run.out} began with; give another --out, or the same ones")
     progress.data = source.digest
+    prompt = None                                  # the six tasks are the toy world's
+    if pattern is not None:
+        output = replace(output, shown=tuple(source.first_captions(12)))
+        prompt = min(output.shown, key=len)
     train_student(run, players, optimizers, source, settings, progress, output, schedule)
-    run.say(f"done: python sample.py --eval --weights {run.out}")
+    run.say(f"done: {sample.command_to_see(run.out, prompt)}")
 
 
 # --- Export: the student as a small adapter of its teacher ----------------------------------------

@@ -435,7 +435,6 @@ def search_prompt(out, trials, propose, steps, settings):
     final = gain_over(start, best, trials)
     log.write(log.candidates, final)
     print(json.dumps(final))
-    print(f"done: python sample.py --reason --system-prompt {out}/best.txt")
 
 
 def gain_over(start, best, trials):

@@ -53,10 +53,26 @@ import sample
 import train
 from kit.chat import Endpoint
 from kit.checkpoint import load_pipeline, save_pipeline
-from kit.files import Parser, not_negative, positive, require, run_command, seed_number, user_path
+from kit.files import (
+    Parser,
+    not_negative,
+    positive,
+    quoted,
+    require,
+    run_command,
+    seed_number,
+    user_path,
+)
 from kit.images import contact_sheet, save_png
 from kit.lora import add_lora, lora_parameters, merge_lora, named_lora, save_lora, set_lora
-from kit.places import add_part_flags, base_from, fetch_places, gather, read_metadata
+from kit.places import (
+    add_part_flags,
+    base_from,
+    fetch_places,
+    gather,
+    part_flags,
+    read_metadata,
+)
 from kit.rubrics import (
     EndpointJudge,
     gaming,
@@ -491,7 +507,7 @@ class Viewer:
         self.policies.use("ema")
         height, width = data.bucket(self.policies.settings.base)
         scores, _, _ = sample.evaluate(self.pipeline, height, width, sample.STEPS, guidance=1.0,
-                                       per_task=self.per_task, progress=False, diversity=True)
+                                       per_task=self.per_task, progress=True, diversity=True)
         return scores
 
     def sheet(self, path):
@@ -501,7 +517,7 @@ class Viewer:
         pictures = sample.generate(
             [prompt for prompt, _ in self.shown], self.pipeline,
             seeds=[seed for _, seed in self.shown], height=height, width=width,
-            steps=sample.STEPS, guidance=1.0, batch_size=settings.batch)
+            steps=sample.STEPS, guidance=1.0, batch_size=settings.batch, progress=True)
         save_png(contact_sheet(pictures, columns=6), path)
 
 
@@ -536,6 +552,8 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
     viewer = Viewer(policies, pipeline, shown, per_task)
     # The base's sheet and scores, to compare with: the B of `ema` is still zero.
     if progress.step == 0 and run.rank == 0:
+        if schedule.preview_every or schedule.eval_every:
+            print("before step 1: pictures of the base, to compare with")
         if schedule.preview_every:
             viewer.sheet(run.out / "before.png")
         if schedule.eval_every:
@@ -574,7 +592,10 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
     if stop:
         run.say_stopped(progress.step)
     else:
-        run.say(f"done: python sample.py --eval --weights {init} --lora {run.out} --guidance 1")
+        prompt = None                              # the six tasks are the toy world's
+        if same_run.get("--data"):
+            prompt = min((prompt for prompt, _ in shown), key=len)
+        run.say(f"done: {sample.command_to_see(run.out, prompt)}")
 
 
 def rows_of_step(rows, count, step, seed):
@@ -694,6 +715,18 @@ def make_trials(init, device, dtype, rows, size, batch_size, judge, make_reasone
     return reason.Trials(rows, reasoner, generate, judge, search, seed)
 
 
+def command_after_search(out, request, init, endpoint=None, model=None):
+    """What to type to see what the system prompt that was found does to a request. model: that
+    rewrites at the endpoint, or None."""
+    command = (f"python sample.py --reason --prompt {quoted(request)} "
+               f"--system-prompt {quoted(f'{out}/best.txt')}")
+    if init != gather(str(sample.TOY)):
+        command += f" {part_flags(init)}"
+    if model:
+        command += f" --endpoint {quoted(endpoint)} --model {quoted(model)}"
+    return command
+
+
 # --- The command line -----------------------------------------------------------------------------
 
 def arguments(argv):
@@ -803,13 +836,17 @@ def main(argv=None):
             proposer = Endpoint(args.endpoint, args.model, out / "proposer.jsonl", patience=1)
             propose = reason.propose_by(proposer)
 
+        rows = make_rows(args.data, args.seed, args.pool, tasks, [size], args.requests)
         trials = make_trials(
             init, device, dtype, batch_size=min(32, settings.batch), size=size, start=start,
-            rows=make_rows(args.data, args.seed, args.pool, tasks, [size], args.requests),
+            rows=rows,
             judge=make_judge(args.endpoint, args.model, out / "judge.jsonl"),
             make_reasoner=make_reasoner, seed=args.seed,
             search=reason.SEARCH.get(args.size, reason.SEARCH["full"]))
         reason.search_prompt(out, trials, propose, args.steps or 8, same)
+        command = command_after_search(out, rows[0]["prompt"], init, args.endpoint,
+                                       args.reasoner_model)
+        print(f"done: {command}")
         return
 
     settings = replace(settings, steps=args.steps or settings.steps, lr=args.lr or settings.lr)

@@ -45,6 +45,7 @@ from kit.files import (
     check_writable,
     error_context,
     positive,
+    quoted,
     read_prompts,
     read_text,
     require,
@@ -334,11 +335,11 @@ def evaluate(pipeline, height, width, steps, guidance, per_task=50, seed=0, styl
     _, vae, _ = pipeline
     scores = score(pictures, rows, vae)            # fidelity is measured on the vae's tokens
     if diversity:
-        scores["diversity"] = measure_diversity(pipeline, height, width, steps, guidance)
+        scores["diversity"] = measure_diversity(pipeline, height, width, steps, guidance, progress)
     return scores, pictures, prompts
 
 
-def measure_diversity(pipeline, height, width, steps, guidance):
+def measure_diversity(pipeline, height, width, steps, guidance, progress=False):
     """Root mean square distance between the pictures of one prompt, per token channel: the mean
     over 12 held-out prompts, four seeds each. A model that makes good pictures, but always the same
     ones, scores low here."""
@@ -348,7 +349,8 @@ def measure_diversity(pipeline, height, width, steps, guidance):
     prompts = [row.prompt for row in held_out_rows(2, height, width)]
     noise = torch.cat([picture_noise(seed, grid, channels) for seed in range(4)]).to(device)
     distances = []
-    for own in encoder.encode_each(prompts):
+    features = encoder.encode_each(prompts)
+    for own in tqdm(features, "diversity", unit="prompt", leave=False, disable=not progress):
         text = list(own[:, None].expand(-1, 4, -1, -1).to(device))                 # K x [4, S, E]
         tokens = denoise(transformer, noise, text, None, grid, steps, guidance)
         distances.append(token_diversity(tokens))
@@ -621,6 +623,14 @@ def open_start(path):
         return None
     with error_context(f"cannot read --image {path}"):
         return read_picture(Path(path).read_bytes())
+
+
+def command_to_see(weights, prompt=None):
+    """What to type to see what weights can do: a picture of a prompt; None: the toy's six tasks."""
+    what = "--eval"
+    if prompt is not None:
+        what = f"--prompt {quoted(' '.join(prompt.split()))}"
+    return f"python sample.py {what} --weights {quoted(str(weights))}"
 
 
 def arguments(argv):

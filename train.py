@@ -98,6 +98,7 @@ from kit.state import (
     save_state,
 )
 from kit.tars import find_files
+from toy import language
 from toy.checker import held_out
 from toy.dataset import World, label_head, label_loss
 from toy.world import SHAPES
@@ -613,6 +614,7 @@ class Output:
     guidance: float                # what pictures of these weights are sampled with
     settings: dict                 # what a resume must be given again, see check_same_run
     init: str | None = None        # the name of what an adapter changes
+    shown: tuple = ()              # prompts of previews; none: held-out ones of the toy world
 
 
 def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, workers=4,
@@ -680,6 +682,9 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     frozen = f", frozen ones in {base_dtype}," if lora else ""
     run.say(f"{size}: {count:,} parameters{frozen} on {run.ranks} x {run.device}; autoencoder and "
             f"text encoder from {inputs.parts}\n{why}")
+    if pattern is not None and schedule.eval_every:
+        run.say("note: --eval-every scores the six tasks of the toy world, not the pictures of "
+                "--data; these are seen in the previews, which show captions of them")
     guidance = TOY_GUIDANCE if size in TOY_SIZES else sample.GUIDANCE
     output = Output(inputs.parts, inputs.vae, inputs.encoder, guidance=guidance,
                     settings=settings, init=init)
@@ -693,10 +698,20 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
         if progress.step < stage.steps:
             with rank_zero_first(run):
                 source = open_source(run, stage, number, inputs, pattern, workers)
+            if pattern is not None and not output.shown:
+                captions = source.first_captions(1000)
+                output = replace(output, shown=tuple(captions[:12]))
+                remark = ""
+                if size in TOY_SIZES and inputs.encoder is not None:
+                    remark = language.remark_on_captions(captions, inputs.encoder.tokenizer)
+                if remark:
+                    run.say(f"note: {remark}")
             train_stage(run, stage, source, learner=learner, progress=progress, output=output,
                         log=log, notice=notice, accumulate=accumulate, schedule=schedule)
-    weights = f"--weights {init} --lora {run.out}" if lora else f"--weights {run.out}"
-    run.say(f"done: python sample.py --eval {weights}")
+    prompt = None                                  # the six tasks are the toy world's
+    if pattern is not None:
+        prompt = min(output.shown, key=len, default="...")
+    run.say(f"done: {sample.command_to_see(run.out, prompt)}")
 
 
 @dataclass(frozen=True)
@@ -889,7 +904,7 @@ def after_step(run, stage, learner, progress, output, log, schedule, row, words,
             height, width = data.bucket(stage.home)
             progress.scores, _, _ = sample.evaluate(
                 (shown, output.vae, output.encoder), height, width, steps=sample.STEPS,
-                guidance=output.guidance, per_task=20, progress=False)
+                guidance=output.guidance, per_task=20, progress=True)
             bar.write(f"step {progress.total}: {in_words(progress.scores)}")
             row |= progress.scores
     log(**row)
@@ -903,12 +918,15 @@ def after_step(run, stage, learner, progress, output, log, schedule, row, words,
 
 
 def preview(run, model, home, progress, output):
-    """A contact sheet of twelve held-out prompts."""
+    """A contact sheet of twelve prompts."""
     height, width = data.bucket(home)
-    rows = [row for task in ("position", "counting") for row in held_out(task, 6, height, width)]
+    prompts = output.shown
+    if not prompts:
+        prompts = [row.prompt for task in ("position", "counting")
+                   for row in held_out(task, 6, height, width)]
     pictures = sample.generate(
-        [row.prompt for row in rows], (model, output.vae, output.encoder), height=height,
-        width=width, guidance=output.guidance)
+        prompts, (model, output.vae, output.encoder), height=height,
+        width=width, guidance=output.guidance, progress=True)
     contact_sheet(pictures, 6).save(run.out / f"preview-{progress.total:06d}.png")
 
 

@@ -25,6 +25,7 @@ from kit.files import (
     lines_of,
     one_form,
     paths_below,
+    quoted,
     require,
     write_json,
     write_text,
@@ -440,7 +441,7 @@ def pack(images, out, limits, classifiers, endpoint=None, min_words=1, shard_mb=
     tars = list(out.glob("*.tar"))
     size = sum(tar.stat().st_size for tar in tars) / 2**20
     print(f"{out}: {len(told)} pictures in {len(tars)} tars, {size:,.1f} MB; the table is in "
-          f"{out / FINISHED}\nnext: python data.py stats --data '{out}/*.tar'")
+          f"{out / FINISHED}\nnext: python data.py stats --data {quoted(f'{out}/*.tar')}")
 
 
 def in_numbers(counter):

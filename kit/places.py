@@ -61,6 +61,15 @@ def gather(weights, vae=None, text_encoder=None):
     return Places(weights, vae or weights, text_encoder or weights)
 
 
+def part_flags(places):
+    """The same places as flags of sample.py."""
+    flags = f"--weights {quoted(str(places.transformer))}"
+    for name, flag in (("vae", "--vae"), ("text_encoder", "--text-encoder")):
+        if places.of(name) != places.transformer:
+            flags += f" {flag} {quoted(str(places.of(name)))}"
+    return flags
+
+
 def add_part_flags(add):
     """--vae and --text-encoder. add: the add_argument of a parser or of a group in it."""
     add("--vae", metavar="DIR_FILE_OR_REPO", help="the autoencoder, where it lies apart")
@@ -306,6 +315,15 @@ def check_part(path, part):
             f"{path}/{INDEX_NAME}")
     require(found, f"no weights in {path}: expected {path}/{part}/*.safetensors; the toy's are "
             f"made by `{MAKES[part]} --out {quoted(str(path))}`")
+
+
+def command_for_next_part(folder, size):
+    """What to type for the first part that a toy's folder lacks; for its denoiser where it has
+    both others."""
+    missing = [part for part in ("vae", "text_encoder")
+               if not (Path(folder) / part / "config.json").exists()]
+    command = f"{MAKES[missing[0] if missing else 'transformer']} --out {quoted(str(folder))}"
+    return command if size == "toy" else f"{command} --size {size}"
 
 
 def pipeline_index(folder):

@@ -456,6 +456,7 @@ def compile_blocks(model, vae=None, fullgraph=True, graphs=False):
                   file=sys.stderr)
         return False
 
+    say_that_it_compiles()
     mode = "reduce-overhead" if graphs else None
     model.records_graphs = graphs
     # Programs of a block: last or not, each branch of guidance or both, one picture or many.
@@ -468,6 +469,13 @@ def compile_blocks(model, vae=None, fullgraph=True, graphs=False):
     if vae is not None:
         vae.decoder.compile(fullgraph=fullgraph, dynamic=True)
     return True
+
+
+@functools.cache
+def say_that_it_compiles():
+    """Once a process, however many models it compiles."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print("compiling the blocks: what runs first takes about a minute longer", file=sys.stderr)
 
 
 @functools.cache

@@ -141,7 +141,12 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(tmp_path, monkeypatch,
     command = [*NANO, "--steps", "12", "--save-every", "6"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     autoencoder.main(["--out", str(whole), *command])
-    assert "linear probe" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "the autoencoder trains for 12 steps in all" in said.out
+    assert "linear probe" in said.out
+    assert said.out.splitlines()[-1] == f"next: python -m toy.language --out {whole} --size nano"
+    for bar in ("statistics", "probe: scenes", "probe: the Linear"):
+        assert bar in said.err
     log = rows(whole / "vae")
     losses = [row["loss"] for row in log[:12]]
     assert [row["step"] for row in log] == [*range(1, 13), 12]

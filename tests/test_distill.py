@@ -549,7 +549,8 @@ def captions(tmp_path):
     return path
 
 
-def test_captions_alone_suffice_without_a_discriminator(base, captions, tmp_path, monkeypatch):
+def test_captions_alone_suffice_without_a_discriminator(base, captions, tmp_path, monkeypatch,
+                                                        capsys):
     def fail(*_):
         pytest.fail("a discriminator was run")
 
@@ -559,6 +560,8 @@ def test_captions_alone_suffice_without_a_discriminator(base, captions, tmp_path
     go(base, out, *flags, "--steps", "1")
     log = go(base, out, *flags, "--steps", "2")    # resumed
     assert len(log) == 2
+    hint = f'done: python sample.py --prompt "a small red circle" --weights {out}'
+    assert capsys.readouterr().out.splitlines()[-1] == hint
     assert not {"gan", "heads_loss", "spread_real"} & log[0].keys()
     assert all(math.isfinite(row["loss"]) for row in log)
 
@@ -676,6 +679,7 @@ def test_two_processes_share_the_weights_and_one_goes_on(base, whole, tmp_path):
 # --- Evaluation and the command line --------------------------------------------------------------
 
 def stub_evaluate(pipeline, height, width, steps, guidance, per_task, progress, diversity):
+    assert progress                                # or nothing moves meanwhile
     return {"overall": steps / 100 + guidance, "measured": float(diversity)}, [], []
 
 

@@ -20,11 +20,12 @@ from conftest import ROOT
 
 import data
 import lens
+import rl
 import sample
 from kit.checkpoint import load_pipeline, load_vae
 from kit.files import read_json
 from kit.lora import merge_lora
-from kit.places import read_metadata
+from kit.places import MAKES, command_for_next_part, gather, read_metadata
 from toy import language
 from toy.checker import check_facts, held_out_rows, look, round_trip
 from toy.world import TASKS
@@ -389,6 +390,45 @@ def test_commands_are_understood(command, parse_only, capsys):
     known = set(re.findall(r"--[a-z0-9-]+", help_of(module, capsys)))
     flags = {word.split("=")[0] for word in words if word.startswith("--")}
     assert flags <= known
+
+
+# What scripts say at their end, of folders with a blank or a quotation mark in their names.
+HINTS = [
+    sample.command_to_see("runs/my toy"),
+    sample.command_to_see(Path("it's here"), 'a "fluffy" cat\non $5'),
+    sample.command_to_see("runs/toy", "..."),
+    command_for_next_part("runs/my toy", "toy"),
+    command_for_next_part(sample.TOY, "nano"),
+    command_for_next_part(ROOT / "weights" / "toy", "toy"),
+    rl.command_after_search("my runs", "a star", gather(str(sample.TOY))),
+    rl.command_after_search("runs/search", "it's a star", gather("a b", "c's", "d"),
+                            endpoint="http://x/v1", model="a/b c"),
+    data.training_command("my shards/*.tar", "toy", "weights/my toy"),
+    data.training_command("it's/*.tar", "full", "owner/name"),
+    *[f"{command} --out DIR" for command in MAKES.values()],
+]
+
+
+@pytest.mark.parametrize("hint", HINTS)
+def test_hints_are_understood_as_they_stand(hint, parse_only):
+    (command,) = commands_in(hint)
+    module, words = module_and_flags(command)
+    with pytest.raises(UnderstoodError):
+        importlib.import_module(module).main(words)
+
+
+def test_hints_say_what_was_made():
+    assert shlex.split(HINTS[0])[2:] == ["--eval", "--weights", "runs/my toy"]
+    assert shlex.split(HINTS[1])[2:] == [
+        "--prompt", 'a "fluffy" cat on $5', "--weights", "it's here"]
+    assert HINTS[3] == "python -m toy.autoencoder --out 'runs/my toy'"
+    assert HINTS[4].startswith("python train.py --out ")
+    assert HINTS[4].endswith(" --size nano")
+    assert shlex.split(HINTS[6])[2:] == [
+        "--reason", "--prompt", "a star", "--system-prompt", "my runs/best.txt"]
+    assert shlex.split(HINTS[7])[5:] == [
+        "--system-prompt", "runs/search/best.txt", "--weights", "a b", "--vae", "c's",
+        "--text-encoder", "d", "--endpoint", "http://x/v1", "--model", "a/b c"]
 
 
 # --- What the exercises change --------------------------------------------------------------------

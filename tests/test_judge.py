@@ -375,7 +375,11 @@ def test_a_search_resumes_logs_and_saves_what_sample_takes(small_search, tmp_pat
         with pytest.raises(KeyboardInterrupt):
             search(tmp_path / "b", 2)
     assert search(tmp_path / "b", 2) == straight
-    assert "1 candidates judged before" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 candidates judged before" in said
+    hint = said.splitlines()[-1]
+    assert hint.startswith("done: python sample.py --reason --prompt ")
+    assert hint.endswith(f" --system-prompt {tmp_path / 'b' / 'best.txt'}")
 
     argv = ["--search", "--out", str(tmp_path / "a"), "--pool", "60", "--seed", "1",
             "--device", "cpu", "--dtype", "fp32"]

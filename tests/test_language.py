@@ -105,6 +105,20 @@ def test_who_has_a_reasoner_is_not_told_of_it():
     assert lines[0].startswith("this model never saw the words couple, crimson, discs. It knows")
 
 
+def test_new_words_of_captions_are_told_once(shipped):
+    tokenizer = shipped.tokenizer
+    assert KNOWN <= language.words_read(tokenizer)
+    known = ["A small Red circle, above two stars", "a couple of crimson discs"]
+    assert language.remark_on_captions(known, tokenizer) == ""
+    line = language.remark_on_captions([*known, "a fluffy cat", "a Cat on a sofa"], tokenizer)
+    assert 'never read 3 words of these captions ("cat", "fluffy", "sofa"):' in line
+    assert "never read a word of" in language.remark_on_captions(["a red cat"], tokenizer)
+    # Each of them is pieces, and one word's are not another's.
+    pieces = [tuple(tokenizer.tokenize(word)) for word in ("cat", "cats", "act", "sofa")]
+    assert len(set(pieces)) == 4
+    assert min(map(len, pieces)) > 1
+
+
 def test_spellings_are_those_of_the_weights():
     prompts, lines = language.respelled(["a Gray star in the centre", "grayer"], KNOWN)
     assert prompts == ["a grey star in the center", "grayer"]
@@ -130,9 +144,13 @@ def test_every_exercise_passes_the_check():
 # --- The reasoner that is shipped -----------------------------------------------------------------
 
 @pytest.fixture(scope="module")
-def writes():
-    encoder = load_text_encoder(ROOT / "weights" / "toy", "cpu", torch.float32)
-    return functools.partial(reason.encoder_writes, encoder)
+def shipped():
+    return load_text_encoder(ROOT / "weights" / "toy", "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def writes(shipped):
+    return functools.partial(reason.encoder_writes, shipped)
 
 
 def group(words):
@@ -405,12 +423,16 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, monkeypatch, quick, one_thr
     with pytest.raises(SystemExit) as ended:
         train(tmp_path / "stopped", "--steps", "8")
     assert ended.value.code == 0
-    assert "at step 4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("first the tokenizer is learned: a few seconds\n")
+    assert "at step 4" in said
     assert not (tmp_path / "stopped" / "text_encoder").exists()
 
     monkeypatch.setattr(language, "train_step", step_done)
     train(tmp_path / "stopped", "--steps", "8")
-    assert "resuming at step 4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "resuming at step 4" in said
+    assert "\nnext: python -m toy.autoencoder --out " in said
     assert_same_weights(tmp_path / "whole", tmp_path / "stopped")
 
 

@@ -467,9 +467,14 @@ def test_sample_takes_the_lora(base, whole, tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
-def test_evaluation_and_sheets_come_on_schedule(base, tmp_path, steady):
+def test_evaluation_and_sheets_come_on_schedule(base, tmp_path, steady, capsys):
     log = go(base, tmp_path, "--steps", "2", "--eval-every", "2", "--preview-every", "1",
              "--per-task", "1")
+    said = capsys.readouterr()
+    assert "before step 1: pictures of the base" in said.out
+    assert said.out.splitlines()[-1] == f"done: python sample.py --eval --weights {tmp_path}"
+    for bar in ("denoise", "diversity"):
+        assert bar in said.err
     names = {"overall", *TASKS, "fidelity", "diversity"}
     assert not names - {"diversity"} & log[0].keys()
     assert names <= log[1].keys()
@@ -494,12 +499,15 @@ def write_rows(path, count):
     path.write_text("\n".join(lines) + "\n")
 
 
-def test_a_run_goes_on_when_its_judge_dies(base, server, tmp_path):
+def test_a_run_goes_on_when_its_judge_dies(base, server, tmp_path, capsys):
     write_rows(tmp_path / "prompts.jsonl", 8)
     some_no = '{"1": 0, "2": 1, "3": 0}'
     server.script = [all_yes] * 20 + [some_no] * 12 + [400]
     log = go(base, tmp_path / "run", "--steps", "3", "--data", str(tmp_path / "prompts.jsonl"),
              "--endpoint", server.url)
+    hint = capsys.readouterr().out.splitlines()[-1]
+    assert hint.startswith("done: python sample.py --prompt ")
+    assert hint.endswith(f" --weights {tmp_path / 'run'}")
     assert 0 < log[1]["reward"] <= 1
     assert sum(row["failures"] for row in log) == log[-1]["judge_failed"] > 0
     for row in log:

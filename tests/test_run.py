@@ -602,6 +602,16 @@ def test_a_gpu_computes_in_bf16_where_its_hardware_does(capability, dtype, why, 
     assert pick_dtype("cuda", "bf16")[0] == torch.bfloat16            # as asked
 
 
+def test_that_blocks_are_compiled_is_told_once(capsys, monkeypatch):
+    monkeypatch.setattr(kit.run, "why_not_compiled", lambda device: None)
+    kit.run.say_that_it_compiles.cache_clear()
+    for _ in range(2):
+        assert compile_blocks(random_model())      # each block when it first runs: not here
+    kit.run.say_that_it_compiles.cache_clear()
+    assert capsys.readouterr().err == (
+        "compiling the blocks: what runs first takes about a minute longer\n")
+
+
 def test_without_a_compiler_all_goes_on_uncompiled(capsys):
     """With the error of PyTorch's own search for one."""
     model = random_model()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, STEADY_SCRIPT, error_line, random_model, rows
-from shards import make_shards
+from shards import LOOSE, make_shards, photo
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -549,22 +549,55 @@ def test_many_bad_steps_in_a_row_end_the_run(nano, tmp_path, monkeypatch):
     assert all(w.isfinite().all() for w in weights(tmp_path).values())
 
 
-def test_previews_and_scores_come_when_they_are_due(nano, tmp_path, monkeypatch):
+def test_previews_and_scores_come_when_they_are_due(nano, tmp_path, monkeypatch, capsys):
     """Every second step, and after the last."""
     asked = []
 
     def evaluate(pipeline, height, width, steps, guidance, per_task, progress):
+        assert progress                            # or nothing moves meanwhile
         asked.append((height, width, guidance, per_task))
         return {"overall": 0.5}, None, None
 
     monkeypatch.setattr(sample, "evaluate", evaluate)
     monkeypatch.setattr(sample, "STEPS", 2)
     nano(tmp_path, "--stage", "1", "--steps", "3", "--preview-every", "2", "--eval-every", "2")
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"done: python sample.py --eval --weights {tmp_path}"
     assert [row.get("overall") for row in rows(tmp_path)] == [None, 0.5, 0.5]
     assert asked == [(64, 64, train.TOY_GUIDANCE, 20)] * 2
     previews = sorted(path.name for path in tmp_path.glob("preview-*.png"))
     assert previews == ["preview-000002.png", "preview-000003.png"]
     assert json.loads(read_metadata(tmp_path)["score"]) == {"overall": 0.5}
+
+
+def test_own_pictures_are_previewed_by_their_captions_and_their_new_words_told(
+        nano, tmp_path, monkeypatch, capsys):
+    captions = [f"a fluffy cat {number}" for number in ("one", "two", "three", "four")]
+    (tmp_path / "images").mkdir()
+    for i, caption in enumerate(captions):
+        photo(i).save(tmp_path / "images" / f"{i}.png")
+        (tmp_path / "images" / f"{i}.txt").write_text(caption)
+    data.main(["pack", "--images", str(tmp_path / "images"), "--out", str(tmp_path / "shards"),
+               *LOOSE])
+    asked = []
+
+    def generate(prompts, *_, **how):
+        asked.extend(prompts)
+        return [photo()] * len(prompts)
+
+    monkeypatch.setattr(sample, "generate", generate)
+    out = tmp_path / "my run"
+    flags = ["--stage", "1", "--steps", "2", "--data", f"{tmp_path}/shards/*.tar", "--workers", "0",
+             "--preview-every", "2"]
+    nano(out, *flags)
+    assert asked == captions
+    said = capsys.readouterr().out
+    assert said.count('never read 2 words of these captions ("cat", "fluffy")') == 1
+    assert said.splitlines()[-1] == (
+        f"done: python sample.py --prompt \"a fluffy cat one\" --weights '{out}'")
+    nano(out, *flags, "--eval-every", "9")
+    said = capsys.readouterr().out
+    assert "note: --eval-every scores the six tasks of the toy world" in said
 
 
 def test_what_is_exported_is_what_was_scored(parts, tmp_path, monkeypatch):

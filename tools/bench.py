@@ -508,6 +508,8 @@ def main(argv=None):
             "--fp8 and --full are for sample")
     device = pick_device(args.device)
     sizes = [args.size] if args.size else default_sizes(args.what, device, args.full)
+    print(f"sizes {', '.join(sizes)}: a line a case, each after {ROUNDS + 1} runs on every path, "
+          "some within seconds, some after minutes", file=sys.stderr)
     for size in sizes:
         if args.what == "sample":
             bench_pictures(size, device, args.dtype, args.steps, args.full, fp8=args.fp8,

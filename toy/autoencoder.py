@@ -39,6 +39,7 @@ import data
 from kit.checkpoint import save_pipeline
 from kit.files import Parser, positive, require, run_command, seed_number, user_path
 from kit.images import contact_sheet, save_png, to_images, to_pil
+from kit.places import command_for_next_part
 from kit.run import Log, Notice, average_decay, follow, make_loader, race, start_run
 from kit.state import load_state, save_state
 from lens import SIZES
@@ -265,7 +266,7 @@ def set_statistics(vae, seed, batches, device):
     exact pass. The variance is that of a posterior *sample*: the variance of the means plus the
     mean of the variances."""
     count, total, square = 0, 0, 0
-    for i in range(batches):
+    for i in tqdm(range(batches), "statistics", unit="batch", leave=False):
         pixels, _ = make_batch(seed, i)
         mean, logvar = vae.encode(to_images(pixels, device))          # [B, c, H/8, W/8]
         mean = F.pixel_unshuffle(mean, 2).double()                    # [B, 4c, h, w]
@@ -286,7 +287,7 @@ def encode_scenes(vae, seed, count, device):
     batches of 50, its sizes in turn."""
     sizes = data.buckets(64)
     tokens, cells = [], []
-    for i in range(math.ceil(count / 50)):
+    for i in tqdm(range(math.ceil(count / 50)), "probe: scenes", unit="batch", leave=False):
         pixels, batch_cells = make_batch(seed, i, sizes[i % len(sizes)], 50)
         mean, _ = vae.encode(to_images(pixels, device))
         tokens.append(vae.to_tokens(mean).flatten(0, 1))
@@ -305,7 +306,8 @@ def probe(vae, device, train_scenes=2000, test_scenes=500):
 
     head = semantic_head(vae).to(device)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
-    for _ in range(300):                           # all cells at once: this takes seconds
+    for _ in tqdm(range(300), "probe: the Linear", unit="step", leave=False):
+        # All cells at once: this takes seconds.
         optimizer.zero_grad()
         semantic_loss(head, train_tokens, train_cells).backward()
         optimizer.step()
@@ -466,7 +468,10 @@ def train(run, settings):
         stopping = done >= 1 or notice.given       # asked once: the last step is always saved
 
         log(step=progress.step, **numbers, seconds=progress.seconds)
-        bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {progress.seconds / 60:.1f} min")
+        minutes = f"{progress.seconds / 60:.1f}"
+        if settings.steps is None:                 # then the bar has no end of its own
+            minutes += f" of {settings.minutes:g}"
+        bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {minutes} min")
         bar.update()
         if progress.step % settings.preview_every == 0:
             preview(learner.ema, run.out / f"preview_{progress.step:06d}.png", run.device)
@@ -495,6 +500,8 @@ def finish(run, settings, ema, progress, report, command):
     run.say(f"semantic {settings.semantic}: a linear probe on held-out scenes gets "
             f"shape {scores['shape']:.3f}, colour {scores['colour']:.3f}, "
             f"place {scores['place']:.3f}")
+    if settings.size in ("nano", "toy"):           # the sizes of which all parts are made here
+        run.say(f"next: {command_for_next_part(run.out.parent, settings.size)}")
 
 
 def main(argv=None):

@@ -30,7 +30,16 @@ from tqdm import tqdm
 import data
 import lens
 from kit.checkpoint import save_pipeline
-from kit.files import Parser, positive, require, run_command, seed_number, user_path
+from kit.files import (
+    Parser,
+    first_few,
+    positive,
+    require,
+    run_command,
+    seed_number,
+    user_path,
+)
+from kit.places import command_for_next_part
 from kit.run import Log, Notice, learning_rate_factor, make_loader, start_run
 from kit.state import check_same_run, load_state, save_state
 from toy.world import (
@@ -248,6 +257,31 @@ def respelled(prompts, known):
     return prompts, lines
 
 
+def strange_words(texts, known):
+    """[word] of texts that are not among the words `known`."""
+    used = set().union(*(words_of(text.lower()) for text in texts))
+    return sorted(used - known)
+
+
+def words_read(tokenizer):
+    """The words that the toy's text encoder has read: those that are one token, with the blank
+    before them. Any other is spelled in pieces, see `toy_tokenizer`."""
+    return {token[1:] for token in tokenizer.get_vocab() if token.startswith("\u0120")}
+
+
+def remark_on_captions(captions, tokenizer):
+    """What may surprise who trains on captions of his own: a line, or "" where all words are
+    known."""
+    strange = strange_words(captions, words_read(tokenizer))
+    if not strange:
+        return ""
+    number = "a word" if len(strange) == 1 else f"{len(strange)} words"
+    named = first_few(f'"{word}"' for word in strange)
+    return (f"the toy's text encoder, which stays frozen, never read {number} of these captions "
+            f"({named}): it sees mere pieces of letters there, so what they mean is learnt from "
+            "your pictures alone, of which each such word needs many")
+
+
 def remarks(prompts, known, rewritten=False):
     """What may surprise in the pictures of prompts: [a line for their author].
 
@@ -257,8 +291,7 @@ def remarks(prompts, known, rewritten=False):
     if not known:
         return []
     lines = []
-    used = set().union(*(words_of(prompt.lower()) for prompt in prompts))
-    strange = sorted(used - known)
+    strange = strange_words(prompts, known)
     if strange:
         word_or_words = "word" if len(strange) == 1 else "words"
         told = ", ".join(word + nearest_word(word, known) for word in strange)
@@ -535,6 +568,7 @@ def train_text(run, settings, folder, size, steps, save_every):
 
     run: a kit.run.Run whose folder holds the state. settings: what tells this run from others.
     """
+    run.say("first the tokenizer is learned: a few seconds")
     tokenizer = toy_tokenizer()
     model = lens.build_text_model(
         lens.SIZES[size].text_encoder, seed=run.seed, vocab_size=len(tokenizer), pad_token_id=0,
@@ -575,6 +609,7 @@ def train_text(run, settings, folder, size, steps, save_every):
     layers = lens.SIZES[size].transformer.selected_layer_index
     save_pipeline(folder, text_encoder=lens.TextEncoder(model, tokenizer, layers))
     run.say(f"wrote {folder}/text_encoder and {folder}/tokenizer")
+    run.say(f"next: {command_for_next_part(folder, size)}")
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -587,7 +622,8 @@ def main(argv=None):
                              "(default: %(default)s)")
     parser.add_argument("--size", default="toy",
                         help="toy, or nano, which is for tests (default: %(default)s)")
-    parser.add_argument("--steps", type=positive, default=STEPS, help="default: %(default)s")
+    parser.add_argument("--steps", type=positive, default=STEPS,
+                        help="default: %(default)s, 40 minutes on one core")
     parser.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
     parser.add_argument("--save-every", type=positive, default=250, metavar="N",
                         help="steps (default: %(default)s)")
