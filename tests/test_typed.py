@@ -131,8 +131,10 @@ def test_a_word_is_quoted_as_one_types_it():
         "star", '"a star"', '"it\'s"', "''", "'$5'", "'*.tar'"]
 
 
-@pytest.mark.parametrize("command", [sample, train, rl, distill, toy.autoencoder, toy.language, strip,
-                                     data], ids=lambda module: module.__name__)
+COMMANDS = [sample, train, rl, distill, toy.autoencoder, toy.language, strip, data]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda module: module.__name__)
 def test_a_quoted_tilde_is_the_home_folder(command, tmp_path, monkeypatch):
     """A folder of that name was made."""
     monkeypatch.setenv("HOME", str(tmp_path))
