@@ -239,7 +239,8 @@ class Batch:
 
 
 class Source(Protocol):
-    """What a source of batches offers, as toy/dataset.World, ShardSource and CaptionSource do."""
+    """What a source of batches offers, as toy/dataset.World, ShardSource and CaptionSource do. The
+    last two also have first_captions(count): what previews show."""
     sizes: list                   # [(height, width)] pixels of its buckets
     buckets: np.ndarray           # [n] the bucket of each sample
     digest: str                   # tells data sets apart; None: the toy world, made from --seed

@@ -352,6 +352,7 @@ def test_a_few_cases_are_the_default(capsys):
     rows = [json.loads(line) for line in captured.out.splitlines()]
     assert [row["image_tokens"] for row in rows] == [16, 4, 16]
     assert [(row["steps"], row["guidance"]) for row in rows] == [(20, 5.0), (20, 5.0), (4, 1.0)]
+    assert captured.err.startswith("sizes nano: a line a case, ")
     assert "peak_share is of" in captured.err
 
 
