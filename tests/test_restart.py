@@ -559,7 +559,8 @@ def test_lora_trains_an_adapter_and_nothing_else_and_goes_on_to_the_bit(
 def test_the_state_of_a_run_says_what_it_is(undisturbed):
     notes = json.loads((newest_state(undisturbed) / "notes.json").read_text())
     assert notes["settings"] == {
-        "--size": "nano", "--seed": 0, "--init": None, "--lora": 0, "--data": "shards"}
+        "--size": "nano", "--seed": 0, "--init": None, "--lora": 0, "--data": "shards",
+        "--base-dtype": None}
     assert notes["progress"]["total"] == 24
     assert notes["progress"]["attention"] == "flash"
     assert not notes["progress"]["bf16"]

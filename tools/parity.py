@@ -19,7 +19,6 @@ features, the picture from its own features. What must hold is said beside each 
 line ends the command with an error. In bf16 two right programs differ by rounding alone, which
 the limits allow for.
 """
-import argparse
 import datetime
 import inspect
 import subprocess
@@ -140,7 +139,8 @@ def main(argv=None):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="default: CUDA if there is one")
     add("--dtype", default="bf16", choices=("bf16", "fp32"), help="default: %(default)s")
-    add("--write-reference", metavar="FILE", help=argparse.SUPPRESS)       # the inner process
+    add("--write-reference", metavar="FILE",
+        help="run the reference alone and write its numbers there, as the other process does")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     require(Path(args.folder).is_dir(), f"{args.folder}: no such folder")
