@@ -97,8 +97,7 @@ def start_run(out, seed=0, device=None):
 
 @contextlib.contextmanager
 def rank_zero_first(run):
-    """Rank 0 runs the body before the others: it makes a file (the drawn world, an index), they
-    read it."""
+    """Rank 0 runs the body before the others: it makes a file (an index), they read it."""
     if run.rank > 0:
         dist.barrier()
     yield
