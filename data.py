@@ -82,7 +82,7 @@ from kit.places import (
     locate,
     vae_identity,
 )
-from kit.run import any_attention, make_loader
+from kit.run import any_attention, gathered, make_loader, same_everywhere
 from kit.tars import Part, fill_tar, find_files, read, tar_parts
 from kit.tars import words_of as captions_and_notes
 
@@ -250,8 +250,23 @@ class Source(Protocol):
     def lengths(self, epoch):
         """[n] lengths of that epoch's captions, in any unit: `plan` sorts by them."""
 
+    def prepare(self, samples, stopped=None):
+        """Makes sure that these samples can be streamed. Where that takes long, stopped() is asked
+        now and then: when it turns true, what was made is kept. -> whether all are ready"""
+
     def stream(self, planned):
-        """[PlannedBatch] -> a generator of Batch, in order."""
+        """[PlannedBatch], their samples prepared -> a generator of Batch, in order."""
+
+
+def prepare(run, source, planned, stopped):
+    """Source.prepare for planned batches, those of all ranks: rank 0 makes what is missing, then
+    the others read it. -> whether all is ready; if not, all ranks are to end."""
+    samples = np.unique(np.concatenate([batch.samples for batch in planned]))
+    ready = run.rank > 0 or source.prepare(samples, stopped)
+    ready = same_everywhere(ready)                 # the others wait here for rank 0
+    if ready and run.rank > 0:
+        ready = source.prepare(samples, stopped)
+    return all(gathered(ready))
 
 
 def grid_of(size):
@@ -607,6 +622,9 @@ class ShardSource:
     def first_captions(self, count):
         return self.shards.first_captions(count)
 
+    def prepare(self, samples, stopped=None):
+        return True                                # read as they are streamed
+
     def stream(self, planned):
         # What the loader takes for an index is a PlannedBatch, and what it takes for an item is the
         # Reading of a whole batch.
@@ -709,6 +727,9 @@ class CaptionSource:
 
     def first_captions(self, count):
         return self.captions[:count]
+
+    def prepare(self, samples, stopped=None):
+        return True                                # read as they are streamed
 
     def stream(self, planned):
         for bucket, samples, epoch in planned:

@@ -712,16 +712,15 @@ class Viewer:
 # --- The loop -------------------------------------------------------------------------------------
 
 def planned_batches(run, source, pictures, first, last):
-    """This rank's batches of updates first to last - 1. Those of data.plan, epoch after epoch, are
-    dealt to the ranks in turn. pictures: {bucket: pictures a device}."""
+    """The batches of updates first to last - 1, those of all ranks: what data.plan gives, epoch
+    after epoch. Ranks take them in turn. pictures: {bucket: pictures a device}."""
     @functools.lru_cache(maxsize=1)                # one epoch is needed at a time
     def plan(epoch):
         return data.plan(source.buckets, source.lengths(epoch), pictures, run.seed, epoch)
 
     length = len(plan(0))                          # as many in every epoch
     batches = []
-    for update in range(first, last):
-        number = update * run.ranks + run.rank     # of the batch, over all ranks and epochs
+    for number in range(first * run.ranks, last * run.ranks):
         epoch, place = divmod(number, length)
         batches.append(plan(epoch)[place])
     return batches
@@ -749,10 +748,14 @@ def train_student(run, players, optimizers, source, settings, progress, output, 
     first = progress.step * updates
     pictures = settings.stage.pictures(source.sizes)
     planned = planned_batches(run, source, pictures, first, steps * updates)
-    channels = players.models["teacher"].config.in_channels
-    batches = update_batches(run, source, planned, first, channels)
-    viewer = Viewer(run, players, output, settings.guidance)
     log, notice = Log(run, progress.step), Notice()
+    if planned and not data.prepare(run, source, planned, stopped=lambda: notice.given):
+        sys.exit(0)                                # before the first step: there is nothing to save
+
+    channels = players.models["teacher"].config.in_channels
+    mine = planned[run.rank::run.ranks]
+    batches = update_batches(run, source, mine, first, channels)
+    viewer = Viewer(run, players, output, settings.guidance)
     bar = tqdm(total=steps, initial=progress.step, desc="distillation", unit="step",
                mininterval=2, disable=run.rank > 0)
 
@@ -801,7 +804,7 @@ def open_source(run, stage, output, pattern):
     """A source of batches, as data.py describes it: the toy world, tar shards, or captions."""
     vae, encoder = output.vae, output.encoder
     if pattern is None:
-        return World(stage, run.seed, vae, encoder, run.out / "world.safetensors", run.device)
+        return World(stage, run.seed, vae, encoder, run.out.parent, run.device, run.say)
     paths = find_files(pattern)
     if all(path.endswith(".tar") for path in paths):
         return data.ShardSource(pattern, stage.sizes(), run.seed, vae, encoder, run.device,
@@ -854,7 +857,7 @@ def distill(run, size, teacher, settings, same, schedule, pattern=None, lora=0, 
     run.say(f"{size}: {what}, {count:,} parameters each in student and fake, on {run.ranks} x "
             f"{run.device}\n{why}\nwithout: {left_out}; guidance {settings.guidance:g}")
 
-    with rank_zero_first(run):                     # it draws the world, or indexes the shards
+    with rank_zero_first(run):                     # it indexes the shards
         source = open_source(run, stage, output, pattern)
     require(progress.data in (None, source.digest), "--data: these are not the shards or captions "
             f"that the run in {run.out} began with; give another --out, or the same ones")

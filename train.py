@@ -16,7 +16,8 @@ From nothing to a model, on a laptop:
     torchrun --nproc-per-node 8 train.py --size full --stage 2 --data 'shards/*.tar' \\
         --parts DIR_OR_REPO --fsdp --recompute selective
 
-The same command again resumes what DIR holds; `sample.py --weights DIR` takes it as it is.
+The same command again resumes what DIR holds; `sample.py --weights DIR` takes it as it is. What
+it draws of the toy world is kept beside DIR, in world-*, and runs beside it use it too.
 
 Where the toy departs from the paper [ours]: its pictures are encoded once and kept, each with
 several captions (drawing and encoding cost as much as a training step); the learning rate falls to
@@ -697,7 +698,7 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
         stage = replace(stage, steps=steps or stage.steps)
         if progress.step < stage.steps:
             with rank_zero_first(run):
-                source = open_source(run, stage, number, inputs, pattern, workers)
+                source = open_source(run, stage, inputs, pattern, workers)
             if pattern is not None and not output.shown:
                 captions = source.first_captions(1000)
                 output = replace(output, shown=tuple(captions[:12]))
@@ -755,11 +756,11 @@ def text_tokens(size):
     return TOY_TEXT_TOKENS if size in TOY_SIZES else TEXT_TOKENS
 
 
-def open_source(run, stage, number, inputs, pattern, workers):
+def open_source(run, stage, inputs, pattern, workers):
     """A stage's source of batches: shards where there is a pattern, else the toy world."""
     if pattern is None:
-        kept = run.out / f"world-{number}.safetensors"
-        return World(stage, run.seed, inputs.vae, inputs.encoder, kept, run.device)
+        return World(stage, run.seed, inputs.vae, inputs.encoder, run.out.parent, run.device,
+                     run.say)
     return data.ShardSource(
         pattern, stage.sizes(), run.seed, inputs.vae, inputs.encoder, run.device, workers,
         inputs.vae_hash, run.say, text_key=inputs.text_key)
@@ -794,16 +795,29 @@ def train_stage(run, stage, source, learner, progress, output, log, notice, accu
     smaller = sum(len(planned.samples) < pictures[planned.bucket] for planned in first_epoch)
     run.say(f"an epoch is {epoch_length} steps of {per_step} device batches; {smaller} batches are "
             "smaller: what was left over in their buckets")
+
+    def steps_after(step):
+        """What is left after so many steps of the epoch that they end in, or the next one: a list
+        of batches for each step."""
+        epoch, done = divmod(step, epoch_length)
+        batches = plan(epoch)
+        steps = [sorted(batches[k:k + per_step], key=cost, reverse=True)
+                 for k in range(0, len(batches), per_step)]
+        return steps[done:done + stage.steps - step]
+
+    # The rest of this epoch and the next one: if the stage goes on after that, an epoch of it was
+    # whole, and has every sample.
+    needed = steps_after(progress.step)
+    needed += steps_after(progress.step + len(needed))
+    if not data.prepare(run, source, [planned for step in needed for planned in step],
+                        stopped=lambda: notice.given):
+        sys.exit(0)                                # before the first step: there is nothing to save
+
     bar = tqdm(total=stage.steps, initial=progress.step, desc=f"stage {progress.stage}",
                unit="step", mininterval=2, disable=run.rank > 0)
 
     while progress.step < stage.steps:
-        # What is left of this epoch, as a list of batches for each step.
-        epoch, done = divmod(progress.step, epoch_length)
-        batches = plan(epoch)
-        steps = [sorted(batches[k:k + per_step], key=cost, reverse=True)
-                 for k in range(0, len(batches), per_step)]
-        steps = steps[done:done + stage.steps - progress.step]
+        steps = steps_after(progress.step)
         dealt = [deal(step_batches, run.rank, run.ranks) for step_batches in steps]
         stream = source.stream([planned for mine in dealt for planned, _ in mine])
 

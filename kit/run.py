@@ -122,8 +122,7 @@ def lock(folder):
 
 @contextlib.contextmanager
 def rank_zero_first(run):
-    """Rank 0 runs the body before the others: it makes a file (the drawn world, an index), they
-    read it."""
+    """Rank 0 runs the body before the others: it makes a file (an index), they read it."""
     if run.rank > 0:
         dist.barrier()
     yield

@@ -439,10 +439,6 @@ def command(base, out, *flags):
 
 def go(base, out, *flags):
     """Runs the command; -> its log."""
-    Path(out).mkdir(exist_ok=True)
-    world = base / "world.safetensors"             # drawn once: most of a short run's time
-    if world.exists():
-        shutil.copy(world, out)
     distill.main(command(base, out, *flags))
     return untimed_rows(out)
 
@@ -452,7 +448,6 @@ def whole(base, tmp_path_factory):
     """A run of five steps."""
     out = tmp_path_factory.mktemp("whole")
     go(base, out, "--steps", "5")
-    shutil.copy(out / "world.safetensors", base)
     return out
 
 
@@ -482,8 +477,6 @@ def test_a_run_that_is_killed_and_told_to_stop_goes_on_to_the_bit(base, whole, t
                       "kit.files.run_command(lambda: distill.main(sys.argv[1:]))\n")
     out = tmp_path / "out"
     log = out / "metrics.jsonl"
-    out.mkdir()
-    shutil.copy(base / "world.safetensors", out)
     threads = str(torch.get_num_threads())
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": threads}
 
@@ -503,6 +496,22 @@ def test_a_run_that_is_killed_and_told_to_stop_goes_on_to_the_bit(base, whole, t
     assert go(base, out, "--steps", "5") == untimed_rows(whole)
     assert [row["step"] for row in untimed_rows(out)] == [1, 2, 3, 4, 5]
     assert_alike(out, whole)
+
+
+def test_a_stop_while_scenes_are_drawn_ends_well(base, tmp_path, monkeypatch):
+    stopped_at = []
+
+    def prepare(run, source, planned, stopped):
+        stopped_at.append(len(planned))
+        signal.raise_signal(signal.SIGTERM)
+        return not stopped()
+
+    monkeypatch.setattr(data, "prepare", prepare)
+    with pytest.raises(SystemExit) as ended:
+        go(base, tmp_path, "--steps", "2")
+    assert ended.value.code == 0
+    assert stopped_at == [2 * (distill.CRITIC + 1)]
+    assert newest_state(tmp_path) is None
 
 
 def test_signals_are_logged_and_all_that_should_move_moves(base, whole):
@@ -657,7 +666,6 @@ def test_the_adapter_that_is_saved_is_what_was_trained_and_resumes(base, tmp_pat
 
 def test_two_processes_share_the_weights_and_one_goes_on(base, whole, tmp_path):
     """FSDP2 on two processes saves a student that loads, and a state that one process resumes."""
-    shutil.copy(base / "world.safetensors", tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
          str(ROOT / "distill.py"), *command(base, tmp_path, "--fsdp", "--steps", "1")],

@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ import data
 import kit.run
 import lens
 import toy.autoencoder
+import toy.dataset
 import toy.language
 import train
 from kit.checkpoint import load_transformer, save_pipeline
@@ -218,6 +220,43 @@ def test_sigterm_saves_and_ends_well(on_world, tmp_path, steady, monkeypatch, ca
     train_in(tmp_path, on_world)
     assert "at step 5" in capsys.readouterr().out
     assert steps_of(tmp_path) == list(range(1, 9))
+
+
+def test_sigterm_while_scenes_are_drawn_keeps_them_and_the_run_is_the_same_to_the_bit(
+        parts, tmp_path, steady, monkeypatch, capsys):
+    """Two steps need some of the 96 scenes; a run beside one that has them draws none."""
+    flags = ["--size", "nano", "--device", "cpu", "--preview-every", "0", "--parts", str(parts),
+             "--stage", "2", "--steps", "2"]
+    whole, beside, halves = tmp_path / "a" / "whole", tmp_path / "a" / "2", tmp_path / "b" / "run"
+
+    def drawn():
+        return re.findall(r"drawing (\d+) scenes", capsys.readouterr().out)
+
+    train_in(whole, flags)
+    (count,) = map(int, drawn())
+    assert count == read_json(newest_state(whole) / "notes.json")["progress"]["pictures"]
+    train_in(beside, flags)
+    assert not drawn()
+    assert_same_run(beside, whole)
+
+    def write_and_notify(*inputs):
+        dataset_write(*inputs)
+        signal.raise_signal(signal.SIGTERM)
+
+    dataset_write = toy.dataset.write_piece
+    with monkeypatch.context() as patch:
+        patch.setattr(toy.dataset, "write_piece", write_and_notify)
+        with pytest.raises(SystemExit) as ended:
+            train_in(halves, flags)
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    kept = int(re.search(r"stopped: (\d+) of 96 scenes are drawn and kept", said)[1])
+    assert 0 < kept < count
+    assert newest_state(halves) is None
+
+    train_in(halves, flags)
+    assert drawn() == [str(count - kept)]
+    assert_same_run(halves, whole)
 
 
 def test_sigterm_to_a_whole_group_saves_and_the_run_goes_on_to_the_bit(

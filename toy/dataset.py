@@ -5,8 +5,9 @@ Read before: toy/world.py, vae.py, data.py (Batch and the protocol of sources).
 
 The story in one paragraph: to draw and encode a scene costs as much as a training step, so it is
 done once. Every scene gets CAPTIONS captions, which take turns from epoch to epoch. The frozen
-autoencoder and text encoder turn picture and captions into tokens and features, and all of it is
-kept in one file, which the next run takes if it was made from the same models and settings.
+autoencoder and text encoder turn picture and captions into tokens and features. What a run's steps
+need is drawn and kept in a folder beside the run's own, which every run there takes that has the
+same models and settings.
 
 Where this departs: the paper draws from 800M pictures and encodes them as it trains. The labels are
 [ours]; the thought behind their loss is REPA's (arXiv 2410.06940), with facts in the place of a
@@ -26,7 +27,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data import Batch
-from kit.files import open_safetensors, write_safetensors
+from kit.files import (
+    LensError,
+    error_context,
+    open_safetensors,
+    require,
+    write_json,
+    write_safetensors,
+)
 from kit.images import from_pil
 from kit.run import make_loader, usable_cores
 from toy.world import COLORS, SHAPES, caption, coverage, details_for, draw, random_scene
@@ -116,61 +124,99 @@ def captions_of(scene, rng):
     return captions
 
 
-class Chunk(NamedTuple):
-    """Scenes of one size, to be drawn and encoded together."""
-    area: int
-    size: tuple               # (height, width)
-    numbers: range            # scene i is a function of (seed, area, i)
+class Scenes:
+    """Every scene of a stage, numbered through, size after size: `buckets[n]` is the number of
+    scene n's size, `first[bucket]` that size's first scene."""
+
+    def __init__(self, stage, seed):
+        self.seed = seed
+        self.shape_odds = stage.shape_odds
+        by_size = {}                               # {size: [(area, i)]}
+        for area, count in zip(stage.areas, stage.scenes):
+            sizes = stage.sizes_of(area)           # they take turns
+            for i in range(count):
+                by_size.setdefault(sizes[i % len(sizes)], []).append((area, i))
+
+        self.sizes = sorted(by_size)               # [(height, width)]
+        self.places = [place for size in self.sizes for place in by_size[size]]
+        counts = [len(by_size[size]) for size in self.sizes]
+        self.buckets = np.repeat(np.arange(len(counts)), counts)
+        self.first = np.cumsum([0, *counts])
+
+    def __len__(self):
+        return len(self.places)
+
+    def size(self, n):
+        return self.sizes[self.buckets[n]]
+
+    def captioned(self, n):
+        """-> (scene n, its captions): a function of (seed, area, i), i counted in the area."""
+        rng = np.random.default_rng((self.seed, *self.places[n]))
+        scene = random_scene(rng, *self.size(n), odds=self.shape_odds)
+        return scene, captions_of(scene, rng)
+
+    def chunks(self, numbers):
+        """Sorted numbers of scenes -> [those of one size, at most CHUNK]."""
+        chunks = []
+        for bucket in np.unique(self.buckets[numbers]):
+            members = numbers[self.buckets[numbers] == bucket]
+            chunks += [members[k:k + CHUNK] for k in range(0, len(members), CHUNK)]
+        return chunks
 
 
-class Encoded(NamedTuple):
-    """A chunk of n scenes, or all of a size, as it is kept."""
+class Captioning(Dataset):
+    """Item k: what is known of chunk k before it is drawn: (lengths [n, CAPTIONS] of its captions'
+    features in tokens, the set of words that they use)."""
+
+    def __init__(self, scenes, chunks, encoder):
+        self.scenes = scenes
+        self.chunks = chunks
+        self.encoder = encoder
+
+    def __getitem__(self, k):
+        captions = []
+        for n in self.chunks[k]:
+            captions += self.scenes.captioned(n)[1]
+        rows, offset = self.encoder.tokenize(captions)
+        lengths = torch.tensor([len(row) - offset for row in rows])
+        return lengths.view(-1, CAPTIONS), words_of(captions)
+
+
+class Piece(NamedTuple):
+    """A chunk of n scenes as it is kept."""
+    numbers: torch.Tensor     # [n] of its scenes
     tokens: torch.Tensor      # [n, h*w, C] bf16
     labels: torch.Tensor      # [n, h*w, 6] fp32
     text: torch.Tensor        # [sum of lengths, K * E] bf16: the captions' features end to end
     lengths: torch.Tensor     # [n * CAPTIONS] tokens of each caption
 
 
-def plan_chunks(stage):
-    """[Chunk]: the stage's scenes. The sizes of an area take turns: size k has scenes k, k + sizes,
-    and so on."""
-    chunks = []
-    for area, count in zip(stage.areas, stage.scenes):
-        sizes = stage.sizes_of(area)
-        for k, size in enumerate(sizes):
-            numbers = range(count)[k::len(sizes)]
-            for begin in range(0, len(numbers), CHUNK):
-                chunks.append(Chunk(area, size, numbers[begin:begin + CHUNK]))
-    return chunks
+class Drawing(Dataset):
+    """Item k is chunk k, drawn, captioned and encoded by both frozen models: a Piece."""
 
-
-class Encoding(Dataset):
-    """Item k is chunk k, drawn, captioned and encoded: (size, Encoded, words of its captions)."""
-
-    def __init__(self, chunks, shape_odds, seed, vae, encoder):
+    def __init__(self, scenes, chunks, vae, encoder):
+        self.scenes = scenes
         self.chunks = chunks
-        self.shape_odds = shape_odds
-        self.seed = seed
         self.vae = vae
         self.encoder = encoder
 
     @torch.no_grad()
     def __getitem__(self, k):
-        area, size, numbers = self.chunks[k]
+        numbers = self.chunks[k]
+        size = self.scenes.size(numbers[0])
         scenes, captions = [], []
-        for i in numbers:
-            rng = np.random.default_rng((self.seed, area, i))
-            scene = random_scene(rng, *size, odds=self.shape_odds)
+        for n in numbers:
+            scene, its_captions = self.scenes.captioned(n)
             scenes.append(scene)
-            captions += captions_of(scene, rng)
+            captions += its_captions
 
         features = self.encoder.encode_each(captions)                # [K, S, E] each
         text = [f.transpose(0, 1).flatten(1).bfloat16().cpu() for f in features]      # [S, K * E]
         covering = np.stack([labels(scene, *size) for scene in scenes])
-        encoded = Encoded(tokens=self.tokens_of([draw(scene, *size) for scene in scenes]),
-                          labels=torch.from_numpy(covering), text=torch.cat(text),
-                          lengths=torch.tensor([len(rows) for rows in text]))
-        return size, encoded, words_of(captions)
+        return Piece(numbers=torch.from_numpy(numbers),
+                     tokens=self.tokens_of([draw(scene, *size) for scene in scenes]),
+                     labels=torch.from_numpy(covering), text=torch.cat(text),
+                     lengths=torch.tensor([len(rows) for rows in text]))
 
     def tokens_of(self, pictures):
         """[PIL] -> [n, h*w, C] bf16. Of the posterior's mean: it is sharper than a sample."""
@@ -189,34 +235,7 @@ def words_of(captions):
     return words
 
 
-def encode_world(stage, seed, vae, encoder, device):
-    """Every scene of the stage through both frozen models. -> ({size: Encoded}, [word])
-
-    On a CPU by one process a core, since these models are too small for threads.
-    """
-    chunks = plan_chunks(stage)
-    encoding = Encoding(chunks, stage.shape_odds, seed, vae, encoder)
-    workers = usable_cores() if device == "cpu" else 0
-    loader = make_loader(encoding, range(len(chunks)), workers)
-
-    parts_of, words = {}, set()
-    bar = tqdm(total=sum(stage.scenes), desc="drawing and encoding scenes", unit="scene",
-               mininterval=2)
-    for size, encoded, chunk_words in loader:
-        # What a worker sends lies in shared memory, an open file each: copies let it go.
-        copies = [part.clone() for part in encoded]
-        parts_of.setdefault(tuple(size), []).append(copies)
-        words |= chunk_words
-        bar.update(len(encoded.tokens))
-    bar.close()
-
-    world = {}
-    for size, parts in parts_of.items():
-        world[size] = Encoded(*(torch.cat(column) for column in zip(*parts)))
-    return world, sorted(words)
-
-
-# --- The kept file --------------------------------------------------------------------------------
+# --- The kept pieces ------------------------------------------------------------------------------
 
 def weights_digest(model):
     """16 hex digits that tell weights apart: every name, type and number counts."""
@@ -241,7 +260,7 @@ def text_digest(encoder):
 
 
 def world_key(stage, seed, vae, encoder):
-    """What a kept world depends on, as JSON: with another key it is made anew."""
+    """What a kept world depends on, as JSON: each key has a folder of its own."""
     return json.dumps({
         "seed": seed,
         "areas": stage.areas,
@@ -256,33 +275,19 @@ def world_key(stage, seed, vae, encoder):
     })
 
 
-def write_world(path, key, world, words):
-    """One safetensors file: tensors "64x96/tokens", and so on; key and words in its metadata."""
-    tensors = {}
-    for (height, width), encoded in world.items():
-        for name, t in encoded._asdict().items():
-            tensors[f"{height}x{width}/{name}"] = t
-    write_safetensors(path, tensors, {"key": key, "words": json.dumps(words)})
+def write_piece(path, key, piece):
+    write_safetensors(path, piece._asdict(), {"key": key})
 
 
-def read_world(path, key):
-    """-> ({size: Encoded}, words) of a kept world, or None where there is none with this key."""
-    if not Path(path).exists():
+def read_piece(path, key):
+    """-> Piece; None for a file that is torn or of another key."""
+    try:
+        with error_context(f"cannot read {path}"), open_safetensors(path) as f:
+            if (f.metadata() or {}).get("key") != key:
+                return None
+            return Piece(*(f.get_tensor(name) for name in Piece._fields))
+    except LensError:
         return None
-    with open_safetensors(path) as f:
-        notes = f.metadata() or {}
-        if notes.get("key") != key:
-            return None
-        fields_of = {}
-        for tensor_name in f.keys():
-            size_name, field = tensor_name.split("/")
-            fields_of.setdefault(size_name, {})[field] = f.get_tensor(tensor_name)
-
-    world = {}
-    for size_name, fields in fields_of.items():
-        height, width = size_name.split("x")
-        world[int(height), int(width)] = Encoded(**fields)
-    return world, json.loads(notes["words"])
 
 
 # --- The source of batches ------------------------------------------------------------------------
@@ -290,61 +295,144 @@ def read_world(path, key):
 class World:
     """What the frozen models made of the toy world: a source of batches, as data.py describes it.
 
-    Scenes are numbered through, size after size: `buckets[i]` is scene i's size, `first[bucket]`
-    that size's first scene.
+    Its captions are made at once, since a plan sorts by their lengths; its scenes are drawn when
+    `prepare` asks for them, and kept in pieces in a folder that runs of one kind share.
     """
 
-    def __init__(self, stage, seed, vae, encoder, path, device):
-        """path: the file in which the world is kept. device: "cpu", or that of both models."""
-        key = world_key(stage, seed, vae, encoder)
-        kept = read_world(path, key)
-        if kept is None:
-            kept = encode_world(stage, seed, vae, encoder, device)
-            write_world(path, key, *kept)
-        world, self.words = kept
+    def __init__(self, stage, seed, vae, encoder, parent, device, say=print):
+        """parent: the folder that the world's own folder is made in. device: "cpu", or that of both
+        models."""
+        self.key = world_key(stage, seed, vae, encoder)
+        digest = hashlib.sha256(self.key.encode()).hexdigest()
+        self.folder = Path(parent) / f"world-{digest[:12]}"
+        self.vae = vae
+        self.encoder = encoder
+        self.device = device
+        self.say = say
 
+        self.scenes = Scenes(stage, seed)
+        self.sizes = self.scenes.sizes
+        self.buckets = self.scenes.buckets
+        self.first = self.scenes.first
+        self.caption_lengths, self.words = self.make_captions()
         self.layers = len(encoder.layers)
         self.digest = None                         # made here, from the run's seed
         self.waited = 0.0                          # all of it is in memory
-        self.sizes = sorted(world)                 # a file gives them back in its own order
-        self.kept = [world[size] for size in self.sizes]
-        # The first row of each caption in a size's text, and one past the last one's end.
-        self.offsets = [F.pad(part.lengths.cumsum(0), (1, 0)) for part in self.kept]
 
-        counts = [len(part.tokens) for part in self.kept]
-        self.buckets = np.repeat(np.arange(len(counts)), counts)
-        self.first = np.cumsum([0, *counts])
+        # Scene n is row `row_of[n]` of piece `piece_of[n]`, if that is not -1. Offsets of a piece:
+        # the first row of each caption in its text, and one past the last one's end.
+        self.pieces, self.offsets = [], []
+        self.piece_of = np.full(len(self.scenes), -1)
+        self.row_of = np.full(len(self.scenes), -1)
+
+    def make_captions(self):
+        """-> (lengths [n, CAPTIONS] of every scene's captions in tokens, [word])"""
+        chunks = self.scenes.chunks(np.arange(len(self.scenes)))
+        # 20,000 scenes take one core ten seconds; a few are done before a process has started.
+        workers = 0
+        if len(self.scenes) > 2000:
+            self.say(f"captioning {len(self.scenes):,} scenes")
+            workers = usable_cores()
+        captioning = Captioning(self.scenes, chunks, self.encoder)
+        all_lengths, words = [], set()
+        for lengths, chunk_words in make_loader(captioning, range(len(chunks)), workers):
+            all_lengths.append(lengths.numpy().copy())                # see `draw`
+            words |= chunk_words
+        return np.concatenate(all_lengths), sorted(words)
 
     def lengths(self, epoch):
         """[n] tokens of the caption that each scene shows in this epoch."""
-        shown = []
-        for first, part in zip(self.first, self.kept):
-            by_scene = part.lengths.numpy().reshape(-1, CAPTIONS)     # [scenes of a size, CAPTIONS]
-            j = np.arange(len(by_scene))
-            shown.append(by_scene[j, caption_shown(first + j, epoch)])
-        return np.concatenate(shown)
+        n = np.arange(len(self.scenes))
+        return self.caption_lengths[n, caption_shown(n, epoch)]
+
+    def missing(self, samples):
+        """Those of `samples` that are not in memory, sorted."""
+        samples = np.unique(samples)
+        return samples[self.piece_of[samples] < 0]
+
+    def prepare(self, samples, stopped=None):
+        """Reads these scenes from the folder, or draws them into it. See data.Source."""
+        if len(self.missing(samples)):
+            for path in sorted(self.folder.glob("*.safetensors")):
+                piece = read_piece(path, self.key)
+                if piece is not None:
+                    self.take(piece)
+        missing = self.missing(samples)
+        if not len(missing):
+            return True
+
+        self.say(f"drawing {len(missing):,} scenes, which are kept in {self.folder}")
+        write_json(self.folder / "key.json", json.loads(self.key))
+        self.draw(missing, stopped)
+        drawn = f"{np.sum(self.piece_of >= 0):,} of {len(self.scenes):,} scenes are drawn"
+        if len(self.missing(samples)):
+            self.say(f"stopped: {drawn} and kept in {self.folder}; the same command goes on")
+            return False
+        size = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        self.say(f"{drawn} and kept in {self.folder}, {size / 1e6:,.0f} MB; "
+                 "runs beside this one use them too")
+        return True
+
+    def draw(self, missing, stopped):
+        """Draws and keeps scenes, chunk by chunk, until stopped() turns true.
+
+        On a CPU by one process a core, since these models are too small for threads.
+        """
+        chunks = self.scenes.chunks(missing)
+        drawing = Drawing(self.scenes, chunks, self.vae, self.encoder)
+        workers = min(usable_cores(), len(chunks)) if self.device == "cpu" else 0
+        pieces = iter(make_loader(drawing, range(len(chunks)), workers))
+        with tqdm(total=len(missing), desc="drawing and encoding scenes", unit="scene",
+                  mininterval=2) as bar:
+            for numbers in chunks:
+                if stopped is not None and stopped():
+                    break
+                # What a worker sends lies in shared memory, an open file each: copies let it go.
+                piece = Piece(*(part.clone() for part in next(pieces)))
+                name = hashlib.sha256(numbers.tobytes()).hexdigest()[:12]
+                height, width = self.scenes.size(numbers[0])
+                write_piece(self.folder / f"{width}x{height}-{name}.safetensors", self.key, piece)
+                self.take(piece)
+                bar.update(len(numbers))
+
+    def take(self, piece):
+        """Remembers where the scenes of a piece are, if any of them was not in memory."""
+        numbers = piece.numbers.numpy()
+        if not len(self.missing(numbers)):
+            return
+        self.piece_of[numbers] = len(self.pieces)
+        self.row_of[numbers] = np.arange(len(numbers))
+        self.pieces.append(piece)
+        self.offsets.append(F.pad(piece.lengths.cumsum(0), (1, 0)).tolist())
 
     def stream(self, planned):
         """Planned batches of data.plan -> Batch, in order."""
         for bucket, samples, epoch in planned:
+            require(not len(self.missing(samples)), "scenes are streamed that `prepare` was not "
+                    "asked for")
             height, width = self.sizes[bucket]
-            part = self.kept[bucket]
-            j = samples - self.first[bucket]                          # numbers within the size
-            rows = torch.from_numpy(j)
-            text, mask = self.text_of(bucket, CAPTIONS * j + caption_shown(samples, epoch))
+            places = list(zip(self.piece_of[samples], self.row_of[samples]))
+            text, mask = self.text_of(places, caption_shown(samples, epoch))
+            tokens = torch.stack([self.pieces[p].tokens[row] for p, row in places])
+            covering = torch.stack([self.pieces[p].labels[row] for p, row in places])
             yield Batch(samples=samples, epoch=epoch, grid=(height // 16, width // 16),
-                        text=text, mask=mask, tokens=part.tokens[rows].float(),
-                        labels=part.labels[rows])
+                        text=text, mask=mask, tokens=tokens.float(), labels=covering)
 
-    def text_of(self, bucket, captions):
-        """Features K x [B, S, E] fp32 and mask [B, S] of some captions of a size, padded to the
-        longest of them."""
-        text, offsets = self.kept[bucket].text, self.offsets[bucket]
-        pieces = [text[offsets[c]:offsets[c + 1]] for c in captions]  # [length, K * E]
-        lengths = torch.tensor([len(piece) for piece in pieces])
+    def text_of(self, places, shown):
+        """Features K x [B, S, E] fp32 and mask [B, S] of a caption of each scene, padded to the
+        longest of them.
+
+        places   [(piece, row)] of the scenes;  shown: which of its captions each shows
+        """
+        captions = []                                                 # [length, K * E] each
+        for (p, row), which in zip(places, shown):
+            c = CAPTIONS * row + which
+            begin, end = self.offsets[p][c:c + 2]
+            captions.append(self.pieces[p].text[begin:end])
+        lengths = torch.tensor([len(features) for features in captions])
         longest = int(lengths.max())
 
-        padded = [F.pad(piece, (0, 0, 0, longest - len(piece))) for piece in pieces]
+        padded = [F.pad(features, (0, 0, 0, longest - len(features))) for features in captions]
         features = torch.stack(padded).float()                        # [B, S, K * E]
         mask = torch.arange(longest) < lengths[:, None]               # [B, S]
         return list(features.chunk(self.layers, dim=-1)), mask
