@@ -775,16 +775,6 @@ def main(argv=None):
         print(f"warning: all {steps} steps begin at noise alone, so nothing is left of --image: "
               "take a smaller --strength, or more --steps", file=sys.stderr)
 
-    dtype, why = pick_dtype(device, args.dtype, config.inner_dim)
-    h, w = data.grid_of((height, width))
-    kernel, why_kernel = pick_attention(device, dtype, config, h * w + USUAL_TEXT)
-    use_attention(kernel)
-    print(f"{device}, {str(dtype).removeprefix('torch.')} ({why}), {kernel} attention "
-          f"({why_kernel}); {steps} steps, guidance {guidance:g}, {width} x {height} pixels")
-
-    lora_strength = 1.0 if args.lora_strength is None else args.lora_strength
-    weights = Weights(places, device, dtype, args.date, args.lora, lora_strength, args.compile,
-                      args.fp8, lora_path)
     out = Path(args.out)
     requests, rows = args.prompt or [], None
     if args.prompts_file:
@@ -797,6 +787,16 @@ def main(argv=None):
         out_folder = out.parent
     check_writable(out_folder)
 
+    dtype, why = pick_dtype(device, args.dtype, config.inner_dim)
+    h, w = data.grid_of((height, width))
+    kernel, why_kernel = pick_attention(device, dtype, config, h * w + USUAL_TEXT)
+    use_attention(kernel)
+    print(f"{device}, {str(dtype).removeprefix('torch.')} ({why}), {kernel} attention "
+          f"({why_kernel}); {steps} steps, guidance {guidance:g}, {width} x {height} pixels")
+
+    lora_strength = 1.0 if args.lora_strength is None else args.lora_strength
+    weights = Weights(places, device, dtype, args.date, args.lora, lora_strength, args.compile,
+                      args.fp8, lora_path)
     reasoner_of = None                             # text encoder -> reasoner
     if args.reason:
         reasoner_of = functools.partial(

@@ -1099,7 +1099,8 @@ def main(argv=None):
         for number, stage in stages.items():
             batch = tuple(pictures[area] for area in stage.areas)
             stages[number] = replace(stage, batch=batch)
-    require(args.data is None or find_files(args.data), f"--data {args.data}: no file matches")
+    require(args.data is None or find_files(args.data), f"--data {args.data}: no file matches; "
+            "`python data.py pack --images DIR --out shards` makes shards of pictures")
     require(args.data or args.size in TOY_SIZES,
             f"--size {args.size}: name the shards to train on with --data (`data.py pack` makes "
             "them); the toy world is for --size toy or nano")
