@@ -100,7 +100,7 @@ def check_same(path, notes):
     notes."""
     if path.exists():
         others = differing(path, notes)
-        what = f"with other {first_few(others)}" if read_notes(path) else "and is not ours"
+        what = f"and differs in {first_few(others)}" if read_notes(path) else "and is not ours"
         require(not others, f"{path} is there already, {what}: give another --out, or remove it")
 
 

@@ -612,7 +612,7 @@ def test_out_may_be_a_file_with_its_story(ending, nano, tmp_path, capsys):
     content = out.read_bytes()
     run_sample(*command)
     assert "1 of 1 pictures are there already" in capsys.readouterr().out
-    with pytest.raises(LensError, match="is there already, with other seed: give another --out"):
+    with pytest.raises(LensError, match="is there already, and differs in seed: give another --out"):
         run_sample(*command, "--seed", 1)
     assert out.read_bytes() == content
 
@@ -625,7 +625,7 @@ def test_small_pictures_are_written_large(nano, tmp_path):
     assert (large == small.repeat(4, 0).repeat(4, 1)).all()
     assert read_notes(tmp_path / "large.png")["scale"] == "4"
     assert "scale" not in read_notes(tmp_path / "small.png")
-    with pytest.raises(LensError, match="with another scale"):
+    with pytest.raises(LensError, match="differs in scale"):
         asks_for(*command, tmp_path / "large.png", "--scale", 2)
 
 
@@ -718,7 +718,7 @@ def test_a_geneval_file_is_written_in_its_evaluators_folders(nano, tmp_path):
     before = written(tmp_path / "o")
     command = ["--weights", nano, "--num", 2, "--out", tmp_path / "o", "--cache", ""]
     run_sample(*command, "--prompts-file", prompts)
-    with pytest.raises(LensError, match="0000.png is there already, with other steps"):
+    with pytest.raises(LensError, match="0000.png is there already, and differs in steps"):
         run_sample(*command, "--prompts-file", prompts, "--steps", 1)
     rows[1]["tag"] = "other"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
