@@ -80,6 +80,7 @@ from kit.places import (
     locate,
     read_metadata,
     settings_of_adapter,
+    trained_over,
 )
 from kit.run import compile_blocks, pick_attention, pick_device, pick_dtype, use_attention
 from toy import language
@@ -388,6 +389,20 @@ def warn_of_size(height, width, home):
         print(f"warning: these weights draw {home} x {home} pixels; of {width} x {height} expect "
               f"noise, or objects that are cut or repeated (--base {home} is the usual size)",
               file=sys.stderr)
+
+
+def warn_of_base(lora, trained, weights):
+    """Where a LoRA is merged into other weights than it was trained over.
+
+    trained   the files of those, as far as they are known;  weights: where the denoiser is
+    """
+    def sizes(files):
+        return [(file.name, file.stat().st_size) for file in files]
+
+    files, _ = locate(weights, "transformer")
+    if trained is not None and sizes(trained) != sizes(files):
+        print(f"warning: --lora {lora} was trained over {trained[0]}, not over {files[0]}: what it "
+              "does to other weights is anybody's guess", file=sys.stderr)
 
 
 def make_reasoner(notes, encoder=None, system_prompt=None, endpoint=None, model="default",
@@ -761,6 +776,7 @@ def main(argv=None):
     notes = read_metadata(places.transformer)
     if lora_path:
         notes |= settings_of_adapter(lora_file(lora_path))
+        warn_of_base(args.lora, trained_over(lora_path), places.transformer)
     steps, guidance = sampler_settings(notes, args.steps, args.guidance)
     require(guidance != 1 or not args.negative.strip(),
             "--negative has no effect at guidance 1, where only the prompt is read: leave it out, "

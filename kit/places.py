@@ -412,6 +412,18 @@ def read_metadata(path):
     return notes
 
 
+def trained_over(lora):
+    """The files of the denoiser that an adapter, a file or a folder, was trained over; None where
+    it does not say, or where they are not on this machine."""
+    folder = lora if lora.is_dir() else lora.parent
+    named = pipeline_index(folder).get("base")
+    if isinstance(named, dict):
+        named = named.get("transformer")
+    if named is None or not (folder.resolve() / expanded(named)).exists():
+        return None
+    return locate(folder, "transformer")[0]
+
+
 def settings_of_adapter(file):
     """{"steps", "guidance"} that an adapter was made for, as far as its notes say so. Those of
     other tools are not read: in them "steps" may be the length of a training."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import GOLDENS, error_line, random_model
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import data
 import kit.checkpoint
@@ -19,10 +20,11 @@ import lens
 import sample
 import vae
 from kit import outputs
-from kit.checkpoint import load_transformer
+from kit.checkpoint import load_transformer, save_pipeline
 from kit.files import LensError, write_json, write_safetensors
 from kit.images import from_pil, read_notes
 from kit.lora import add_lora, lora_parameters, save_lora
+from kit.places import WEIGHT_NAMES, base_from
 from toy.checker import token_diversity
 from toy.world import TASKS, draw, sample_scene
 
@@ -392,6 +394,22 @@ def test_an_adapter_says_how_it_is_sampled(copied, tmp_path, capsys):
     assert "; 3 steps, guidance 2," in capsys.readouterr().out
 
 
+def test_a_lora_over_other_weights_is_told(nano, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    model = load_transformer(nano)
+    add_lora(model, 2, 2)
+    save_lora(model, adapter)
+    save_pipeline(adapter, base=base_from(adapter, nano))
+    asks_for(nano, tmp_path, "--prompt", "a star", "--lora", adapter)
+    assert "warning" not in capsys.readouterr().err
+    tensors, notes = load_file(nano / "transformer" / WEIGHT_NAMES[0]), {"longer": "x" * 99}
+    other = tmp_path / "other"
+    shutil.copytree(nano, other)
+    write_safetensors(other / "transformer" / WEIGHT_NAMES[0], tensors, notes)
+    asks_for(other, tmp_path, "--prompt", "a star", "--lora", adapter)
+    assert f"was trained over {nano.resolve()}" in capsys.readouterr().err
+
+
 def test_the_shipped_adapters_say_how_they_are_sampled():
     weights = sample.TOY.parent
     turbo = kit.places.settings_of_adapter(weights / "toy-turbo" / "adapter_model.safetensors")
@@ -612,7 +630,7 @@ def test_out_may_be_a_file_with_its_story(ending, nano, tmp_path, capsys):
     content = out.read_bytes()
     run_sample(*command)
     assert "1 of 1 pictures are there already" in capsys.readouterr().out
-    with pytest.raises(LensError, match="is there already, and differs in seed: give another --out"):
+    with pytest.raises(LensError, match="already, and differs in seed: give another --out"):
         run_sample(*command, "--seed", 1)
     assert out.read_bytes() == content
 
