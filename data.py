@@ -73,6 +73,8 @@ from kit.images import (
 )
 from kit.pack import CLASSIFIED, LIMITS, Classifier, pack
 from kit.places import (
+    PARTS,
+    Places,
     add_part_flags,
     expanded,
     fetch,
@@ -742,7 +744,7 @@ class CaptionSource:
 
 class CachedInputs(NamedTuple):
     """What shards hold in which every picture and every caption is encoded."""
-    weights: str              # the folder or hub id of the parts that encoded them
+    weights: Places           # of the parts that encoded them
     vae_hash: str
     channels: int             # of a token
     text_key: str
@@ -761,7 +763,7 @@ def cached_inputs(pattern):
     rows, columns = grid_of((height, width))
     features = notes["features"]
     return CachedInputs(
-        weights=features["weights"],
+        weights=Places(**features["weights"]),
         vae_hash=vae_hash,
         channels=int(shards.rows["picture_bytes"][0]) // (2 * rows * columns),
         text_key=features["key"],
@@ -825,23 +827,13 @@ def cache(pattern, sizes, weights, out, with_text=False):
     vae_hash, dtype = vae_identity(weights.vae), encoder_dtype(weights)
     _, vae, encoder = load_pipeline(weights, device, dtype, parts=parts)
     shards = Shards(pattern, sizes or usual_sizes(vae))
-    folders = {Path(path).resolve().parent for path in shards.paths}
-    require(Path(out).resolve() not in folders,
-            f"--out {out}: there the pictures are, which would be written over; give another")
-    names = Counter(Path(path).name for path in shards.paths)
-    twice = [name for name, count in names.items() if count > 1]
-    require(not twice, f"--data {pattern}: two tars are named {first_few(twice)}, and would be "
-            "written over each other; cache each folder by itself")
-    others = {path.name for path in Path(out).glob("*.tar")} - names.keys()
-    require(not others, f"--out {out}: holds {first_few(others)}, not among --data; they would be "
-                        "trained on with the others: remove them, or give another folder")
-    check_writable(out)
+    check_cache_folder(pattern, shards.paths, out)
 
     features = None                                # notes on them
     if with_text:
         features = {
             "key": text_key(weights, encoder.layers),
-            "weights": str(weights),
+            "weights": {part: absolute(weights.of(part)) for part in PARTS},
             "layers": list(encoder.layers),
             "width": encoder.model.config.hidden_size}
     keys = []
@@ -849,8 +841,8 @@ def cache(pattern, sizes, weights, out, with_text=False):
         # What is stored depends on these. Sizes as lists, as JSON gives them back.
         keys.append([file_hash(path), vae_hash, *map(list, shards.sizes), str(dtype),
                      "centre, colours of sRGB, in order", features and features["key"]])
-    stale = [number for number, path in enumerate(shards.paths)
-             if cached_key(Path(out) / Path(path).name) != keys[number]]
+    targets = [Path(out) / Path(path).name for path in shards.paths]
+    stale = [number for number, target in enumerate(targets) if cached_key(target) != keys[number]]
     to_encode = np.flatnonzero(np.isin(shards.rows["shard"], stale))
     check_room(shards, to_encode, channels=4 * vae.config["latent_channels"], encoder=encoder,
                out=out)
@@ -863,23 +855,42 @@ def cache(pattern, sizes, weights, out, with_text=False):
             samples = encoded(shards, members, vae, encoder, device, notes, faults, bar)
             # The numbers are the names in the tar.
             write = functools.partial(fill_tar, samples=enumerate(samples))
-            target = Path(out) / Path(shards.paths[number]).name
-            replace_file(target, write)            # calls write(path beside the target)
+            replace_file(targets[number], write)   # calls write(path beside the target)
 
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
-    tars = [Path(out) / name for name in names]
-    count = sum(len(index(tar)[0]) for tar in tars)
-    size = sum(tar.stat().st_size for tar in tars) / 2**20
+    count = sum(len(index(target)[0]) for target in targets)
+    size = sum(target.stat().st_size for target in targets) / 2**20
     what = "latents and prompt features" if with_text else "latents"
-    print(f"{out}: {what} of {count} pictures in {len(tars)} tars, {size:,.1f} MB; "
-          f"{len(stale)} tars were encoded now, {len(tars) - len(stale)} were there already; "
+    print(f"{out}: {what} of {count} pictures in {len(targets)} tars, {size:,.1f} MB; "
+          f"{len(stale)} tars were encoded now, {len(targets) - len(stale)} were there already; "
           f"{len(faults)} pictures could not be read")
     if shards.sizes == sorted_by_area(usual_sizes(vae)):
         name = "toy" if vae.config["latent_channels"] < 32 else "full"
         print(f"next: {training_command(f'{out}/*.tar', name, weights)}")
     else:
         print("next: training in a stage of the same areas (README.md, Your own pictures)")
+
+
+def check_cache_folder(pattern, paths, out):
+    """LensError unless `out` can take the cached tars of these: one for each, and nothing else."""
+    folders = {Path(path).resolve().parent for path in paths}
+    require(Path(out).resolve() not in folders,
+            f"--out {out}: there the pictures are, which would be written over; give another")
+    names = Counter(Path(path).name for path in paths)
+    twice = [name for name, count in names.items() if count > 1]
+    require(not twice, f"--data {pattern}: two tars are named {first_few(twice)}, and would be "
+            "written over each other; cache each folder by itself")
+    others = {path.name for path in Path(out).glob("*.tar")} - names.keys()
+    require(not others, f"--out {out}: holds {first_few(others)}, not among --data; they would be "
+                        "trained on with the others: remove them, or give another folder")
+    check_writable(out)
+
+
+def absolute(name):
+    """The whole path of something on this machine; a hub id as it is."""
+    path = expanded(name)
+    return str(path.resolve() if path.exists() else name)
 
 
 def training_command(pattern, size, weights):

@@ -644,12 +644,7 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
         schedule = replace(schedule, preview_every=0, eval_every=0)
         run.say("inputs are cached, so neither autoencoder nor text encoder is loaded: no previews "
                 "and no --eval-every; sample.py shows what a checkpoint makes")
-    if init:
-        dtype = torch.float32 if base_dtype == "fp32" else torch.bfloat16
-        denoiser = load_transformer(init, run.device, dtype, packed=base_dtype == "fp8")
-        require(denoiser.config == config, f"--init {init}: its weights are not of size {size}")
-    else:
-        denoiser = lens.build(size, run.seed).to(run.device)
+    denoiser = make_denoiser(run, size, init, base_dtype)
 
     # Precision and attention kernel: the faster ones, timed here; those of a run that is resumed.
     kept = kept_progress(run.out)
@@ -700,19 +695,35 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
             with rank_zero_first(run):
                 source = open_source(run, stage, inputs, pattern, workers)
             if pattern is not None and not output.shown:
-                captions = source.first_captions(1000)
-                output = replace(output, shown=tuple(captions[:12]))
-                remark = ""
-                if size in TOY_SIZES and inputs.encoder is not None:
-                    remark = language.remark_on_captions(captions, inputs.encoder.tokenizer)
-                if remark:
-                    run.say(f"note: {remark}")
+                output = replace(output, shown=captions_to_show(run, size, source, inputs.encoder))
             train_stage(run, stage, source, learner=learner, progress=progress, output=output,
                         log=log, notice=notice, accumulate=accumulate, schedule=schedule)
     prompt = None                                  # the six tasks are the toy world's
     if pattern is not None:
         prompt = min(output.shown, key=len, default="...")
     run.say(f"done: {sample.command_to_see(run.out, prompt)}")
+
+
+def make_denoiser(run, size, init, base_dtype):
+    """The denoiser of --init, in base_dtype; without one a new one, in fp32."""
+    if not init:
+        return lens.build(size, run.seed).to(run.device)
+    dtype = torch.float32 if base_dtype == "fp32" else torch.bfloat16
+    denoiser = load_transformer(init, run.device, dtype, packed=base_dtype == "fp8")
+    require(denoiser.config == lens.SIZES[size].transformer,
+            f"--init {init}: its weights are not of size {size}")
+    return denoiser
+
+
+def captions_to_show(run, size, source, encoder):
+    """The first twelve captions of the user's, for previews. Says which words the toy's frozen text
+    encoder has never read. encoder: None where the inputs are cached"""
+    captions = source.first_captions(1000)
+    if size in TOY_SIZES and encoder is not None:
+        remark = language.remark_on_captions(captions, encoder.tokenizer)
+        if remark:
+            run.say(f"note: {remark}")
+    return tuple(captions[:12])
 
 
 @dataclass(frozen=True)
