@@ -227,7 +227,7 @@ def train_step(run, model, micro_batches, optimizers, stage, labels=None, label_
     model       what is called: the denoiser, or DDP or FSDP around it
     labels      LabelReader, or None;  label_weight: of its loss beside the velocity's
     usual_loss  a step far above it is left out, see StepReport.sound
-    notice      kit.run.Notice: SIGTERM in the middle of a step still ends the run after it
+    notice      kit.run.Notice: one in the middle of a step still ends the run after it
     """
     tally = Tally(run.device)
     for micro in micro_batches:
@@ -344,7 +344,7 @@ class StepReport:
     label_loss: float
     grad_norm: float       # before clipping
     replaced: int          # samples that could not be read
-    stop: bool             # SIGTERM came to one of the ranks
+    stop: bool             # a notice came to one of the ranks
     sound: bool            # False: nothing was stepped, the weights are as before
     shapes: list           # [BatchShape] of this rank's own micro-batches
 
@@ -913,10 +913,10 @@ def log_row(run, progress, report):
 
 def after_step(run, stage, learner, progress, output, log, schedule, row, words, stop, bar):
     """What happens beside a step: previews, evaluation, the log, checkpoints, and the end that
-    SIGTERM asks for.
+    a notice asks for.
 
     row    the step's line of the log;  words: that the captions use, for the notes
-    stop   whether SIGTERM came;  bar: of tqdm
+    stop   whether one came;  bar: of tqdm
     """
     step, steps = progress.step, stage.steps
     preview_due = due(schedule.preview_every, step, steps)

@@ -432,7 +432,7 @@ def train_step(run, settings, learner, batch, step, done):
 
 
 def train(run, settings):
-    """Trains, or goes on with what run.out holds, until the settings' end or until SIGTERM comes.
+    """Trains, or goes on with what run.out holds, until the settings' end or until a notice comes.
     -> (the average's autoencoder, Progress)"""
     learner = Learner(run, settings)
     optimizers = [learner.optimizer]
