@@ -427,7 +427,7 @@ class Shards:
     pattern   of the tars' paths, see kit.tars.find_files
     sizes     [(height, width)] of the buckets; kept in order of area
     seed      of crops and captions
-    vae_hash  kit.checkpoint.vae_identity of the autoencoder that is used, to know stale latents by;
+    vae_hash  kit.places.vae_identity of the autoencoder that is used, to know stale latents by;
               None: nobody decodes them
     text_key  `text_key` of the text encoder, likewise; None: stored features are not read
 
@@ -505,11 +505,10 @@ class Shards:
         # A latent's crop is settled, but drawn all the same: the caption is then the one that the
         # picture would get.
         where = rng.random(2)
-        latent_of = notes.get("latent")            # [vae_hash, height, width]
-        if latent_of is None:
+        if not self.rows["is_latent"][i]:
             pixels = np.asarray(read_picture(blob, size, where=where))
         else:
-            self.check_latent(i, latent_of, size)
+            self.check_latent(i, notes.get("latent"), size)           # [vae_hash, height, width]
             pixels = np.frombuffer(blob, np.uint8)
 
         if not captions:
@@ -758,10 +757,15 @@ def cached_inputs(pattern):
     shards = Shards(pattern, [(CELL, CELL)])
     if not some_have(shards, "features_bytes", "prompt features", f"--data {pattern}"):
         return None
-    _, notes = captions_and_notes(shards.parts(0))
+    try:
+        _, notes = captions_and_notes(shards.parts(0))
+    except Fault as fault:
+        raise LensError(f"{shards.file_name(0)}, the first sample: {fault}") from None
+    features = notes.get("features")
+    if not shards.rows["is_latent"][0] or not isinstance(features, dict):
+        return None                                # another program's
     vae_hash, height, width = notes["latent"]
     rows, columns = grid_of((height, width))
-    features = notes["features"]
     return CachedInputs(
         weights=Places(**features["weights"]),
         vae_hash=vae_hash,
@@ -864,7 +868,7 @@ def cache(pattern, sizes, weights, out, with_text=False):
     what = "latents and prompt features" if with_text else "latents"
     print(f"{out}: {what} of {count} pictures in {len(targets)} tars, {size:,.1f} MB; "
           f"{len(stale)} tars were encoded now, {len(targets) - len(stale)} were there already; "
-          f"{len(faults)} pictures could not be read")
+          f"{len(faults)} pictures were left out")
     if shards.sizes == sorted_by_area(usual_sizes(vae)):
         name = "toy" if vae.config["latent_channels"] < 32 else "full"
         print(f"next: {training_command(f'{out}/*.tar', name, weights)}")
@@ -895,8 +899,11 @@ def absolute(name):
 
 def training_command(pattern, size, weights):
     """A command that trains on shards, starting from the weights whose autoencoder is used."""
-    name = gather(weights).vae
-    name = quoted(os.path.relpath(name) if os.path.exists(name) else name)
+    places = gather(weights)
+    if len({str(places.of(part)) for part in PARTS}) > 1:         # the autoencoder starts nothing
+        return ("python train.py ... with the same --vae and --text-encoder (README.md, Your own "
+                "pictures)")
+    name = quoted(os.path.relpath(places.vae) if os.path.exists(places.vae) else places.vae)
     command = (f"python train.py --data {quoted(pattern)} --size {size} --stage 2 "
                f"--parts {name} --init {name} --out runs/mine")
     return command if size == "toy" else command + " --lora 16"
@@ -957,7 +964,7 @@ def encoded(shards, members, vae, encoder, device, common, faults, bar):
         try:
             parts = shards.parts(i)
             captions, notes = captions_and_notes(parts)
-            require("latent" not in notes,
+            require(not shards.rows["is_latent"][i],
                     f"{shards.file_name(i)} holds latents already: give --data the pictures")
             image = read_picture(read(parts["picture"]), size)
             if not captions:

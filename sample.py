@@ -38,7 +38,7 @@ import data
 import lens
 import reason
 from kit.chat import Endpoint
-from kit.checkpoint import load_pipeline, read_denoiser_config
+from kit.checkpoint import check_fit, load_pipeline, read_denoiser_config
 from kit.features import CACHE_BYTES, cached_features, default_cache, feature_key
 from kit.files import (
     Parser,
@@ -768,6 +768,7 @@ def main(argv=None):
 
     places = fetch_places(gather(args.weights, args.vae, args.text_encoder))
     check_parts(places, PARTS)
+    check_fit(places)
     lora_path = fetch_lora(args.lora) if args.lora else None
     config = read_denoiser_config(places.transformer)
     require(args.size is None or config == lens.SIZES[args.size].transformer,

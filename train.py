@@ -633,7 +633,7 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     config = lens.SIZES[size].transformer
     settings = {"--size": size, "--seed": run.seed, "--init": init, "--lora": lora,
                 "--data": "the toy world" if pattern is None else "shards",
-                # None: what runs had before there was a choice.
+                # None for fp32: runs from before there was a choice have none.
                 "--base-dtype": None if base_dtype == "fp32" else base_dtype}
     check_same_run(run.out, settings)
     check_no_other_weights(run.out, adapter=bool(lora))
@@ -674,7 +674,7 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     progress.with_labels = with_labels
 
     count = sum(p.numel() for name, p in denoiser.named_parameters()
-                if not name.endswith(".scale"))    # of rows in 8 bits
+                if not name.endswith(".scale"))    # a PackedLinear's, no weights of the model
     frozen = f", frozen ones in {base_dtype}," if lora else ""
     run.say(f"{size}: {count:,} parameters{frozen} on {run.ranks} x {run.device}; autoencoder and "
             f"text encoder from {inputs.parts}\n{why}")
@@ -748,7 +748,8 @@ def open_inputs(run, size, pattern, parts, init):
         dtype = torch.float32 if size in TOY_SIZES else None       # None: as they are stored
         _, vae, encoder = load_pipeline(parts, run.device, dtype, parts=("vae", "text_encoder"))
         require(config.in_channels == 4 * vae.config["latent_channels"],
-                f"--parts {parts}: its autoencoder is not the one that size {size} works with")
+                f"--parts {parts}: its autoencoder is not the one that size {size} works with; "
+                "name a folder or hub id with --parts, or files with --vae and --text-encoder")
         encoder.layers = config.selected_layer_index   # a folder of parts alone does not say which
         vae_hash = None if pattern is None else vae_identity(parts.vae)
         return Inputs(parts, vae, encoder, vae_hash)

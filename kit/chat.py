@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from kit.files import error_context, read_json_lines, require
+from kit.files import error_context, is_whole, read_json_lines, require
 
 # --- The client -----------------------------------------------------------------------------------
 
@@ -70,6 +70,11 @@ class Endpoint:
                  patience=20):
         require(re.fullmatch(r"https?://[^\s/]\S*", url), f"--endpoint {url}: must be an address "
                 "that begins with http:// or https:// and goes up to and with /v1")
+        require("?" not in url and "#" not in url, f"--endpoint {url}: must end with /v1 or the "
+                "like, without ? and #")
+        key = os.environ.get("LENS_API_KEY", "").strip()
+        require(key.isascii() and key.isprintable(), "the key in LENS_API_KEY has a line end or a "
+                "letter in it that no key has: copy it again")
         self.url = url.rstrip("/").removesuffix("/chat/completions")
         self.model = model
         self.journal = journal
@@ -162,7 +167,7 @@ class Endpoint:
                 if e.code < 500 and e.code not in WORTH_ANOTHER_TRY:
                     break
                 asked_for = e.headers["Retry-After"] or ""
-                if asked_for.isdigit():
+                if asked_for.isdecimal():
                     wait = float(asked_for)
             except BAD_REPLY as e:
                 reason = reason_of(e)
@@ -181,11 +186,12 @@ class Endpoint:
         except urllib.error.HTTPError as e:
             if temperature is None or not refuses_temperature(e):
                 raise
+        answer = self.send(messages, None)         # an HTTPError if that was not the reason
         if self.temperature is not None:
             print(f"note: {self.model} refuses temperature {temperature:g}, and is asked at its "
                   "own", file=sys.stderr)
         self.temperature = None
-        return self.send(messages, None)
+        return answer
 
     def send(self, messages, temperature):
         body = {"model": self.model, "messages": messages}
@@ -223,6 +229,10 @@ def refuses_temperature(error):
     return error.code in (400, 422) and b"temperature" in error.read().lower()
 
 
+# What servers call the end of an answer that is whole; "length", "max_tokens", "abort" ... are not.
+WHOLE = ("", "stop", "eos", "eos_token", "end_turn", "stop_sequence", "tool_calls")
+
+
 def answer_of(body):
     """The text of the answer in a reply's body, bytes. NoAnswer where there is none.
 
@@ -239,15 +249,18 @@ def answer_of(body):
         choice = reply["choices"][0]
         message = choice["message"]
         text = text_of(message.get("content")).strip()
-        finish = choice.get("finish_reason")
+        finish = str(choice.get("finish_reason") or "").lower()
+        failed = choice.get("error")
         thoughts = message.get("reasoning_content") or message.get("reasoning")
     except (KeyError, IndexError, TypeError, AttributeError):
         raise NoAnswer("a reply without a message") from None
 
-    if finish == "content_filter":
+    if finish in ("content_filter", "safety"):
         raise NoAnswer(FILTERED)
-    if finish == "length":
+    if failed or finish not in WHOLE:
         raise NoAnswer("an answer that was cut off")
+    if not is_whole(text):
+        raise NoAnswer("an answer with half a character")
     if not text and thoughts:
         raise NoAnswer("thoughts without an answer")
     if not text:
@@ -368,7 +381,8 @@ def final_channel(text):
 
 
 THOUGHTS = (r"(?is)<(think|thinking|reasoning|analysis)>.*?(?:</\1>|$)"
-            r"|^.*</(?:think|thinking|reasoning|analysis)>")
+            r"|^.*</(?:think|thinking|reasoning|analysis)>"
+            r"|\[think\].*?(?:\[/think\]|$)|◁think▷.*?(?:◁/think▷|$)")
 
 
 def without_thoughts(text):
@@ -561,6 +575,14 @@ def clean(raw):
 
 # --- JSON out of an answer ------------------------------------------------------------------------
 
+def each_name_once(pairs):
+    """dict(pairs); ValueError where a name stands twice: whichever was meant is not known."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
 def json_values(text, openings="{["):
     """All JSON objects and lists in an answer, the outermost, whatever stands around them; none in
     thoughts. [(value, its length in characters)]
@@ -571,7 +593,8 @@ def json_values(text, openings="{["):
     [({'1': 1}, 8), ([True], 6)]
     """
     text = without_thoughts(final_channel(text))
-    decoder = json.JSONDecoder()
+    text = re.sub(r",(\s*[}\]])", r"\1", text)     # a comma too many at the end of a list
+    decoder = json.JSONDecoder(object_pairs_hook=each_name_once)
     found = []
     end = 0
     for match in re.finditer(f"[{re.escape(openings)}]", text):

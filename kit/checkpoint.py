@@ -14,7 +14,6 @@ A pipeline is a folder, and each part of it has a folder of its own:
 
 A fine-tuned checkpoint can be small: it holds its denoiser or an adapter alone, and names its base:
 the way to a folder, from DIR, or a hub id. Only safetensors files are read: a pickle can run code.
-[checkpoint]
 """
 import contextlib
 import importlib.util
@@ -39,6 +38,7 @@ from kit.places import (
     config_in,
     fetch,
     fetch_places,
+    find_tokenizer,
     from_hub,
     gather,
     locate,
@@ -107,7 +107,7 @@ def read_denoiser_config(path):
 
 
 def denoiser_config(files, stored_config, tensors):
-    if stored_config:
+    if stored_config:                              # locate has seen that it is a denoiser's
         return LensConfig.from_dict(stored_config)
     return config_from_shapes(files[0], {name: where.shape for name, where in tensors.items()})
 
@@ -119,7 +119,7 @@ def announce(what, files):
     """Says that a large part is read, which may take minutes."""
     size = sum(file.stat().st_size for file in files if file.exists())
     if size > LARGE:
-        print(f"reading {what}, {size / 2**30:.1f} GB", file=sys.stderr)
+        print(f"reading {what}, {size / 1e9:.1f} GB", file=sys.stderr)
 
 
 def load_vae(path, device="cpu", dtype=None):
@@ -163,7 +163,8 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE, layers=None):
 
     options = dict(dtype=dtype or "auto", local_files_only=True, output_loading_info=True,
                    use_safetensors=True)
-    if config.get("quantization_config", {}).get("quant_method") == "mxfp4":
+    packed = config.get("quantization_config") or {}
+    if packed.get("quant_method") == "mxfp4":
         options.update(mxfp4_options(device))
     announce("the text encoder", files)
     with error_context(f"cannot load the text encoder from {files[0].parent}"):
@@ -184,6 +185,9 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE, layers=None):
     misshapen = {str(name) for name in info["mismatched_keys"]}
     bad = (missing - {"lm_head.weight"}) | misshapen
     require(not bad, f"{files[0].parent}: missing or misshapen tensors: {first_few(bad)}")
+    extra = [str(name) for name in info["unexpected_keys"]]
+    require(not extra, f"{files[0].parent}: tensors this model has no place for: "
+            f"{first_few(extra)}")
     if "lm_head.weight" in missing:                # an encoder that was stored without its head
         model = model.model
     return TextEncoder(model.to(device), tokenizer, layers, date)
@@ -209,13 +213,12 @@ TOKENIZERS = {"gpt_oss": "openai/gpt-oss-20b", "qwen3": "Qwen/Qwen3-0.6B"}
 
 
 def tokenizer_folder(path, files, config, alone):
-    """The folder of tokenizer.json: that of the pipeline, or of the language model. A file alone
-    has none; then it is the one on the hub."""
-    beside = files[0].parent
-    for folder in (part_folder(path, "tokenizer"), beside, beside.parent / "tokenizer"):
-        if (folder / "tokenizer.json").exists():
-            return folder
-    require(alone, f"no tokenizer.json in {path}/tokenizer or {beside}")
+    """The folder of tokenizer.json, see `find_tokenizer`. A file alone may have none; then it is
+    the one on the hub."""
+    found = find_tokenizer(path)
+    if found is not None:
+        return found.parent
+    require(alone, f"no tokenizer.json for {path}: expected it in tokenizer/, or beside {files[0]}")
     hub_id = TOKENIZERS[config["model_type"]]
     print(f"note: no tokenizer.json beside {files[0]}: that of {hub_id} is taken", file=sys.stderr)
     return from_hub(hub_id, ["tokenizer*.json", "special_tokens_map.json"])
@@ -226,7 +229,7 @@ def layers_read_by_denoiser(path, width):
     of the size in SIZES with an encoder of this width, else the released ones."""
     for folder in with_bases(path):                # a folder of parts alone has no denoiser
         own = own_folder(folder, "transformer")
-        if own is not None:
+        if own is not None and own.is_dir():       # a file is the language model itself
             return read_denoiser_config(own).selected_layer_index
     layers = {c.enc_hidden_dim: c.selected_layer_index
               for c in (size.transformer for size in SIZES.values())}
@@ -266,11 +269,28 @@ def load_pipeline(path_or_repo, device="cpu", dtype=None, parts=PARTS, date=DATE
     if "vae" in parts:
         vae = load_vae(places.vae, device, dtype)
     if "text_encoder" in parts:
-        layers = None
-        if str(places.text_encoder) != str(places.transformer):
-            layers = read_denoiser_config(places.transformer).selected_layer_index
-        text_encoder = load_text_encoder(places.text_encoder, device, dtype, date, layers)
+        text_encoder = load_text_encoder(places.text_encoder, device, dtype, date)
+        names = [str(places.of(part)) for part in PARTS]
+        if names[0] not in names[1:]:              # a denoiser apart: it says what it reads
+            config = read_denoiser_config(places.transformer)
+            if config.enc_hidden_dim == text_encoder.model.config.hidden_size:
+                text_encoder.layers = config.selected_layer_index
     return transformer, vae, text_encoder
+
+
+def check_fit(places):
+    """LensError where local parts are not of one model, as far as their configs say."""
+    config = read_denoiser_config(places.transformer)
+    _, of_vae = locate(places.vae, "vae")
+    channels = 4 * (of_vae or {}).get("latent_channels", config.in_channels // 4)
+    require(channels == config.in_channels, f"{places.vae} makes tokens of {channels} channels, "
+            f"the denoiser of {places.transformer} takes {config.in_channels}: they are not of one "
+            "model")
+    _, of_text = locate(places.text_encoder, "text_encoder")
+    width = (of_text or {}).get("hidden_size", config.enc_hidden_dim)
+    require(width == config.enc_hidden_dim, f"{places.text_encoder} has features {width} wide, the "
+            f"denoiser of {places.transformer} reads {config.enc_hidden_dim}: they are not of one "
+            "model")
 
 
 def save_pipeline(folder, transformer=None, vae=None, text_encoder=None, metadata=None, dtype=None,

@@ -11,7 +11,7 @@ from pathlib import Path
 import lens
 from kit.checkpoint import load_pipeline, read_denoiser_config
 from kit.files import LensError, error_context, file_hash, open_safetensors, write_safetensors
-from kit.places import content_hash, gather, identity, part_folder
+from kit.places import content_hash, find_tokenizer, gather, identity
 
 CACHE_BYTES = 4 * 2**30  # about 1,200 prompts at full size
 
@@ -61,10 +61,10 @@ def feature_key(weights, dtype, date, layers=None, by_content=False):
     """
     places = gather(weights)
     layers = layers or read_denoiser_config(places.transformer).selected_layer_index
-    tokenizer = part_folder(Path(places.text_encoder), "tokenizer") / "tokenizer.json"
+    tokenizer = find_tokenizer(Path(places.text_encoder))
     encoder = content_hash if by_content else identity
     parts = (encoder(places.text_encoder, "text_encoder"),
-             file_hash(tokenizer) if tokenizer.exists() else "", layers, lens.CHAT, date, dtype)
+             file_hash(tokenizer) if tokenizer else "", layers, lens.CHAT, date, dtype)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

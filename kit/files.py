@@ -342,6 +342,11 @@ def one_form(text):
     return unicodedata.normalize("NFC", text)
 
 
+def is_whole(text):
+    """Whether a text can be written: JSON may hold half a character, of an emoji that was cut."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 A_PROMPT = '{"prompt": "a red circle"}'
 
 
@@ -358,7 +363,7 @@ def read_prompts(path):
         if in_json:
             rows.append(json_value(line))
             prompt = rows[-1].get("prompt") if isinstance(rows[-1], dict) else None
-            require(isinstance(prompt, str) and prompt.strip(),
+            require(isinstance(prompt, str) and prompt.strip() and is_whole(prompt),
                     f"cannot read prompts from {path}: line {number} must look like {A_PROMPT}")
         prompts.append(one_form(prompt))
     require(prompts, f"{path}: no prompts in the file")
@@ -380,6 +385,13 @@ def write_text(path, text):
 def read_json(path):
     with error_context(f"cannot read {path}"):
         return json.loads(read_text(path))
+
+
+def read_object(path):
+    """The same of a file that must hold an object, {...}."""
+    found = read_json(path)
+    require(isinstance(found, dict), f"cannot read {path}: it holds no JSON object")
+    return found
 
 
 def write_json(path, data):

@@ -53,7 +53,7 @@ class Fp8Linear(nn.Module):
 class PackedLinear(nn.Module):
     """y = W x + b, W stored in 8 bits with a scale a row, and unpacked each time it is used. [ours]
 
-    W is frozen: gradients flow to x alone.
+    W and b are frozen: gradients flow to x alone.
     """
 
     def __init__(self, linear):
@@ -62,6 +62,8 @@ class PackedLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)       # [out, in] e4m3
         self.scale = nn.Parameter(scale[:, 0], requires_grad=False)   # [out] fp32
         self.bias = linear.bias
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
 
     def forward(self, x):                                         # [..., in]
         return packed_product(x, self.weight, self.scale, self.bias)
@@ -85,6 +87,7 @@ class PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, scale, bias):
         ctx.save_for_backward(weight, scale)
+        bias = None if bias is None else bias.to(x.dtype)
         return F.linear(x, unpacked(weight, scale, x.dtype), bias)
 
     @staticmethod

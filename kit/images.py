@@ -359,6 +359,7 @@ def read_notes(path):
             if image.format == "PNG":
                 return {name: str(text) for name, text in image.info.items()
                         if isinstance(text, str)}
-            return json.loads(image.getexif()[DESCRIPTION])
+            notes = json.loads(image.getexif()[DESCRIPTION])
+            return notes if isinstance(notes, dict) else {}
     except Exception:                              # PIL's plugins raise whatever they meet
         return {}

@@ -16,7 +16,7 @@ from kit.files import (
     error_context,
     first_few,
     open_safetensors,
-    read_json,
+    read_object,
     require,
     unread_weights,
     write_json,
@@ -168,7 +168,8 @@ LORA_KEY = re.compile(
 # What tools put before a layer's name: PEFT, ComfyUI, diffusers; and sd-scripts, which also writes
 # underscores for the dots in it.
 PEFT_PREFIX = "base_model.model."
-TOOL_PREFIX = re.compile(r"^(base_model\.model\.|diffusion_model\.|transformer\.)+")
+TOOL_PREFIX = re.compile(
+    r"^(base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.)+")
 SD_SCRIPTS_PREFIX = "lora_unet_"
 
 # Adapters of other kinds, by what stands in their keys.
@@ -179,6 +180,7 @@ OTHER_KINDS = {
     "lokr_": "LoKr",
     "oft_": "OFT",
     "vera_": "VeRA",
+    ".diff_b": "whole changes",
     ".diff": "whole changes",
     "lora_B.bias": "a LoRA with biases",
 }
@@ -265,12 +267,12 @@ def read_lora(file, layers):
             if match["matrix"] is None:
                 part.alpha = tensor.item()
                 continue
+            slot = "a" if match["matrix"] in ("A", "down") else "b"
+            require(getattr(part, slot) is None, f"{file}: {name} stands there under two names, "
+                    f"{key} is the second")
             require(tensor.is_floating_point(), f"{file}: {key} is stored as {tensor.dtype}, a "
                     "packed format, which is not read")
-            if match["matrix"] in ("A", "down"):
-                part.a = tensor.float()
-            else:
-                part.b = tensor.float()
+            setattr(part, slot, tensor.float())
 
         for name, part in parts.items():
             apply_settings(part, name, settings)
@@ -281,9 +283,10 @@ def lora_settings(file, handle):
     """What holds for all layers, under the names of PEFT's config: that config beside the file,
     else the notes in the file, of diffusers, of sd-scripts, or our own."""
     beside = file.parent / "adapter_config.json"
-    is_of_another = file.name != LORA_NAMES[0] and (file.parent / LORA_NAMES[0]).exists()
+    others = [name for name in LORA_NAMES if name != file.name and (file.parent / name).exists()]
+    is_of_another = file.name != LORA_NAMES[0] and bool(others)
     if beside.exists() and not is_of_another:
-        return read_json(beside)
+        return read_object(beside)
 
     notes = handle.metadata() or {}
     if "lora_adapter_metadata" in notes:           # PEFT's config, by diffusers
@@ -317,7 +320,8 @@ def apply_settings(part, name, settings):
     paths = (name, part.path)
     rank = matching(settings.get("rank_pattern"), paths, settings.get("r"))
     alpha = matching(settings.get("alpha_pattern"), paths, settings.get("lora_alpha"))
-    part.root = bool(settings.get("use_rslora"))
+    # An alpha beside the matrices is of tools that divide by the rank alone.
+    part.root = part.alpha is None and settings.get("use_rslora") in (True, "true", "True")
     if rank is not None:
         part.rank = int(rank)
     if part.alpha is None and alpha is not None:
@@ -346,7 +350,8 @@ def layer_of(match, underscored):
 def check_lora(file, parts, unmatched, layers):
     """LensError unless every key has its layer, and every layer has two matrices that fit."""
     for mark, kind in OTHER_KINDS.items():
-        keys = [key for key in unmatched if mark in key]
+        keys = [key for key in unmatched if f"{mark}." in f"{key}." or not mark.startswith(".")
+                and mark in key]
         require(not keys, f"{file} is {kind}, not a plain LoRA, and is not read: it has "
                 f"{first_few(keys)}")
     require(parts, f"{file}: this LoRA matches no layer of the model; its keys look like: "
@@ -372,25 +377,41 @@ def write_for_comfyui(path, target):
     """A LoRA (a file or a folder, with PEFT's names) as one file with the names that ComfyUI reads,
     and each layer's alpha beside its matrices. -> how many layers."""
     file = lora_file(path)
-    tensors = {}
     with error_context(f"cannot read {file}"), open_safetensors(file) as handle:
         settings = lora_settings(file, handle)
-        check_settings(file, settings)
         notes = handle.metadata() or {}
+        matrices = {}                              # {layer: {"A" or "B": tensor}}
         for key in handle.keys():
             match = LORA_KEY.fullmatch(key)
             require(match and match["matrix"] in ("A", "B"), f"{file}: {key} is not PEFT's name of "
                     "a LoRA's matrix")
             layer = TOOL_PREFIX.sub("", match["layer"])
-            tensor = handle.get_tensor(key)
-            tensors[f"diffusion_model.{layer}.lora_{match['matrix']}.weight"] = tensor
-            if match["matrix"] == "A":
-                part = LoraPart(a=tensor, path=layer)
-                apply_settings(part, layer, settings)
-                rank = tensor.shape[0]
-                alpha = rank if part.alpha is None else part.alpha
-                # ComfyUI divides by the rank alone.
-                alpha = alpha * rank**0.5 if part.root else alpha
-                tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(float(alpha))
-    write_safetensors(target, tensors, notes)
-    return len(tensors) // 3
+            matrices.setdefault(layer, {})[match["matrix"]] = handle.get_tensor(key)
+    check_settings(file, settings)
+
+    tensors = {}
+    for layer, pair in matrices.items():
+        require(pair.keys() == {"A", "B"}, f"{file}: {layer} lacks one of its two matrices")
+        a, b = pair["A"], pair["B"]
+        require(a.is_floating_point() and b.is_floating_point(),
+                f"{file}: {layer} is stored as {a.dtype}, a packed format, which is not read")
+        part = LoraPart(a=a, b=b, path=layer)
+        apply_settings(part, layer, settings)
+        rank = len(a)
+        require(b.shape[1] == rank and part.rank in (None, rank), f"{file}: {layer} has rank "
+                f"{rank}, but its other matrix or its settings say otherwise")
+        alpha = rank if part.alpha is None else part.alpha
+        if part.root:                              # ComfyUI divides by the rank alone
+            alpha *= rank**0.5
+        name = f"diffusion_model.{layer}"
+        tensors[f"{name}.lora_A.weight"] = a
+        tensors[f"{name}.lora_B.weight"] = b
+        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
+    require(tensors, f"no LoRA in {file}")
+    kept = {name: notes[name] for name in notes if name not in OF_THE_SCALE}
+    write_safetensors(target, tensors, kept)
+    return len(matrices)
+
+
+# Notes of a file that say its strength, which stands beside the matrices here.
+OF_THE_SCALE = ("r", "lora_alpha", "lora_adapter_metadata", "ss_network_alpha", "ss_network_dim")

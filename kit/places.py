@@ -17,7 +17,7 @@ from kit.files import (
     first_few,
     open_safetensors,
     quoted,
-    read_json,
+    read_object,
     require,
     unread_weights,
 )
@@ -94,8 +94,8 @@ def fetch(path_or_repo, parts):
 
 
 def fetch_places(places, parts=PARTS):
-    """The same for each of some parts: -> Places on this machine. What stands for none of these
-    parts stays a name."""
+    """`fetch` for each of some parts: -> Places on this machine. A name that no asked part has is
+    left as it is."""
     paths = {}                                     # {name: path}
     for name in dict.fromkeys(str(places.of(part)) for part in parts):
         together = [part for part in parts if str(places.of(part)) == name]
@@ -187,20 +187,28 @@ def weight_files(path, names=WEIGHT_NAMES):
     if path.is_file():
         return [path]
 
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if indices:
-        with error_context(f"cannot read {indices[0]}"):
-            shards = read_json(indices[0])["weight_map"].values()
-        return sorted({path / Path(shard).name for shard in shards})
-
-    for name in names:
+    for name in names:                             # before variants such as model.fp16.safetensors
+        if (path / f"{name}.index.json").exists():
+            return shards_of(path / f"{name}.index.json")
         if (path / name).exists():
             return [path / name]
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    require(len(indices) < 2, f"no weights in {path}: it has several indices of shards "
+            f"({first_few(index.name for index in indices)}) and none with a usual name")
+    if indices:
+        return shards_of(indices[0])
     files = [file for file in sorted(path.glob("*.safetensors")) if file.name not in LORA_NAMES]
     several = f" ({first_few(file.name for file in files)}): name one of them" if files else ""
     require(len(files) == 1, f"no weights in {path}: expected one .safetensors file or shards "
             f"with an index, found {len(files)} files{several}{unread_weights(path)}")
     return files
+
+
+def shards_of(index):
+    """The files that an index of shards names, beside it."""
+    with error_context(f"cannot read {index}"):
+        shards = read_object(index)["weight_map"].values()
+        return sorted({index.parent / Path(shard).name for shard in shards})
 
 
 def with_bases(path, parts=()):
@@ -225,6 +233,7 @@ def base_of(folder, parts):
         named = named.get(parts[0] if parts else "transformer")
     if named is None:
         return base_of_adapter(folder, parts)
+    require(isinstance(named, str), f"{folder}/{INDEX_NAME}: its base is no name: {named!r}")
 
     way = expanded(named)
     by_link = os.path.normpath(folder.absolute() / way)            # as it was stored once
@@ -243,7 +252,7 @@ def base_of_adapter(folder, parts):
     config = folder / "adapter_config.json"
     named = None
     if config.exists():
-        named = read_json(config).get("base_model_name_or_path")
+        named = read_object(config).get("base_model_name_or_path")
     if not named and adapter_files(folder):
         named = notes_in(adapter_files(folder)[0]).get("init")
     if named and (expanded(named).is_dir() or may_be_hub_id(named)):
@@ -252,9 +261,9 @@ def base_of_adapter(folder, parts):
 
 
 def part_folder(path, part):
-    """Where a part is: its folder in `path`, in ComfyUI's layout too; a folder that is this part,
-    as a stock language model's is; else the same of the base that path names, which may also be a
-    file. path/part where it is nowhere."""
+    """Where a part is: its own folder in `path`, in ComfyUI's layout too; else `path` itself, if it
+    is a file or a stock language model; else the same in the base that it names. path/part where it
+    is nowhere."""
     wanted = "text_encoder" if part == "tokenizer" else part
     for folder in with_bases(path, (wanted,)):
         own = own_folder(folder, part)
@@ -285,7 +294,7 @@ def own_folder(folder, part):
 def config_in(folder):
     """What config.json says; {} where there is none."""
     config = folder / "config.json"
-    return read_json(config) if config.exists() else {}
+    return read_object(config) if config.exists() else {}
 
 
 def check_parts(places, parts):
@@ -329,7 +338,7 @@ def command_for_next_part(folder, size):
 def pipeline_index(folder):
     """What model_index.json says; {} where there is none."""
     index = folder / INDEX_NAME
-    return read_json(index) if index.exists() else {}
+    return read_object(index) if index.exists() else {}
 
 
 # What a part's config has, and no other's.
@@ -353,7 +362,20 @@ def locate(path, part):
         return files, beside
     refuse_lora(files[0])
     with error_context(f"{files[0]}: bad config in its metadata"):
-        return files, json.loads(notes_in(files[0]).get("config", "null"))
+        kept = json.loads(notes_in(files[0]).get("config", "null"))
+    ours = isinstance(kept, dict) and TELLING[part] in kept        # not of another part
+    return files, kept if ours else None
+
+
+def find_tokenizer(path):
+    """tokenizer.json of a text encoder: in the pipeline's tokenizer/, else beside the model, else
+    in a tokenizer/ next to its folder. None where it is in none of these."""
+    files, _ = locate(path, "text_encoder")
+    beside = files[0].parent
+    for folder in (part_folder(Path(path), "tokenizer"), beside, beside.parent / "tokenizer"):
+        if (folder / "tokenizer.json").exists():
+            return folder / "tokenizer.json"
+    return None
 
 
 def refuse_lora(file):
@@ -433,8 +455,8 @@ def settings_of_adapter(file):
 
 
 def identity(folder, part="transformer"):
-    """A short name for a part's weights: the folder's name, and a hash of what the files say of
-    themselves (their first 64 KiB, which hold the header, name and size)."""
+    """A short name for a part's weights: the folder's name, and a hash of each file's first 64 KiB
+    (the beginning of its header), its name and its size."""
     files, _ = locate(folder, part)
     if part == "transformer":
         files = [*files, *adapters_of(folder)]

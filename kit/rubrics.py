@@ -13,7 +13,15 @@ from typing import TypedDict
 import numpy as np
 from PIL import Image
 
-from kit.chat import Endpoint, NoAnswer, chat_about, json_values, parse_json
+from kit.chat import (
+    Endpoint,
+    NoAnswer,
+    chat_about,
+    final_channel,
+    json_values,
+    parse_json,
+    without_thoughts,
+)
 from kit.files import error_context, one_form, read_text, require, write_json_lines
 
 # --- Prompts with rubrics -------------------------------------------------------------------------
@@ -73,8 +81,12 @@ def read_rows(path, sizes):
 
 
 def read_rubric(given):
+    for name in ("name", "check"):
+        require(isinstance(given[name], str) and given[name].strip(), f"{name} is not a text")
+    held_out = given.get("held_out") or False
+    require(isinstance(held_out, bool), "held_out is neither true nor false")
     rubric = Rubric(name=given["name"], check=given["check"])
-    if given.get("held_out"):
+    if held_out:
         rubric["held_out"] = True
     return rubric
 
@@ -126,11 +138,19 @@ class EndpointJudge:
 def verdicts(text, count):
     """A judge's text -> [True or False], one for each of `count` statements.
 
-    NoAnswer where they are not all there, or where the text holds two readings that differ: a part
-    of an answer is not kept, since the parts that cannot be read are not yes and no alike.
+    NoAnswer where they are not all there, where the text holds two readings that differ, or an
+    object that begins like one and cannot be read (then what can be read may be a draft): a part of
+    an answer is not kept, since the parts that cannot be read are not yes and no alike.
     """
+    values = json_values(text)
+    whole = sum(count_objects(value) for value, _ in values)
+    begun = re.findall(r"""\{\s*["']?\W*(?:statement|claim)?[\W_]*\d""",
+                       without_thoughts(final_channel(text)), re.I)
+    if len(begun) > whole:
+        raise NoAnswer("nonsense")
+
     readings = []
-    for value, _ in json_values(text):
+    for value, _ in values:
         reading = reading_of(value, count)
         if reading is not None and reading not in readings:
             readings.append(reading)
@@ -139,14 +159,23 @@ def verdicts(text, count):
     return readings[0]
 
 
+def count_objects(value):
+    """How many JSON objects a value is and holds."""
+    if isinstance(value, list):
+        return sum(count_objects(one) for one in value)
+    if isinstance(value, dict):
+        return 1 + sum(count_objects(one) for one in value.values())
+    return 0
+
+
 def reading_of(value, count):
     """A JSON value -> [True or False] for each statement, or None.
 
     Forms: {"1": yes, "2": no}, the same inside {"answers": ...}, [yes, no], [{"1": yes}, {"2": no}]
     """
     if isinstance(value, dict) and len(value) == 1:
-        (inside,) = value.values()
-        if isinstance(inside, (dict, list)):
+        ((name, inside),) = value.items()
+        if isinstance(inside, (dict, list)) and name.lower() in WRAPPINGS:
             value = inside
 
     pairs = []
@@ -170,14 +199,20 @@ def reading_of(value, count):
     return [said[k] for k in range(1, count + 1)]
 
 
-# "1", "2.", "Statement 3", "s_4"; not "2 cats".
-STATEMENT = re.compile(r"\W*(?:statement|claim|rubric|item|no|q|s)?[\W_]*(\d+)\W*", re.I)
+# What may stand around the answers; "no" or "violated" would turn them over.
+WRAPPINGS = ("answer", "answers", "result", "results", "verdict", "verdicts", "statements",
+             "judgement", "judgements", "judgment", "judgments", "evaluation", "scores", "output",
+             "response", "picture", "image")
+
+# "1", "2.", "Statement 3", "s_4"; not "2 cats", and not "-1".
+STATEMENT = re.compile(r"(?!\s*-)\W*(?:statement|claim|rubric|item|no|q|s)?[\W_]*(\d+)\W*", re.I)
 
 # A word of yes or no, alone or before a sign that sets a reason apart: "No, it is blue." but not
 # "no idea", "0.5" or "yes and no".
 VERDICT = re.compile(
-    r"""[\s*_"'`(]*(yes|true|1|no|false|0)(?:\.0+)?[\s*_"'`)]*(?:[.,;:!(–—-](?!\d).*)?""",
-    re.I | re.S)
+    r"""[\s*_"'`(]*(yes|true|1|no|false|0)(?:\.0+)?[\s*_"'`)]*
+        (?:[.,;:!(–—-](?!\s*(?:\d|yes\b|no\b|true\b|false\b|out\s+of\b)).*)?""",
+    re.I | re.S | re.X)
 
 
 def verdict_of(value):

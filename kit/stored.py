@@ -69,7 +69,9 @@ def index_files(files):
     for file in files:
         handle = open_safetensors(file)
         for key in handle.keys():
-            stored[PREFIX.sub("", key)] = Stored(handle, key)
+            name = PREFIX.sub("", key)
+            require(name not in stored, f"{file}: {name} stands there twice, once as {key}")
+            stored[name] = Stored(handle, key)
     return stored
 
 
@@ -95,7 +97,8 @@ VAE_NAMES = (
 def vae_names(tensors):
     """{name: Stored} of an autoencoder's file, under the released names. Those of the diffusers
     layout, which are the released ones, come out as they are."""
-    stages = [int(name.split(".")[2]) for name in tensors if ".decoder.up." in f".{name}"]
+    found = [re.search(r"(?:^|\.)decoder\.up\.(\d+)\.", name) for name in tensors]
+    stages = [int(match[1]) for match in found if match]
     renamed = {}
     for name, where in tensors.items():
         for pattern, ours in VAE_NAMES:
@@ -162,6 +165,8 @@ def fill(module, file, tensors, scales, device, dtype):
 def check_formats(file, config, stored, tensors, scales):
     """Refuses what would be misread: packed numbers, and scales of blocks within a row."""
     packed = config.get("quantization_config") or {}
+    if not isinstance(packed, dict):
+        packed = {"quant_method": packed}
     method = f"{packed.get('quant_method')} {packed.get('weights_dtype', '')}".strip()
     require(not packed, f"{file}: its config.json says that it is packed by {method}, which is not "
             f"read: {INSTEAD}")
@@ -277,7 +282,8 @@ def config_from_shapes(file, shapes):
 def vae_config_from_shapes(file, shapes):
     """The same for an autoencoder. How many groups a norm has is not in its shapes: FLUX.2's number
     is taken, or that of the size in SIZES with such widths."""
-    telling = {"encoder.conv_in.weight", "decoder.conv_in.weight", "bn.running_mean"}
+    telling = {"encoder.conv_in.weight", "decoder.conv_in.weight", "bn.running_mean",
+               "encoder.down_blocks.0.resnets.0.conv1.weight"}
     missing = telling - shapes.keys()
     require(not missing, f"{file} is not FLUX.2's autoencoder: missing tensors: "
             f"{first_few(missing)}")

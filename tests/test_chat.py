@@ -178,7 +178,10 @@ def no_long_waits(monkeypatch):
 
 
 def endpoint_of(server, journal=None, tries=2):
-    return chat.Endpoint(server.url, "writer", journal, tries=tries, timeout=0.5)
+    """Patient where nothing is to be waited for: a busy machine is no silent server. (A silent one
+    of the tests says nothing for two seconds.)"""
+    waits = any(answer in ("hang", "stall") for answer in server.script)
+    return chat.Endpoint(server.url, "writer", journal, tries=tries, timeout=1 if waits else 10)
 
 
 def messages_of(words):
@@ -250,6 +253,11 @@ def test_an_endpoint_that_comes_round(server, tmp_path, script):
     ([message(content="", reasoning="Hm, a cat")], "thoughts without an answer", 2),
     ([message(reasoning_content="Hm, a cat")], "thoughts without an answer", 2),
     ([stopped_by("length", "A cat and a")], "an answer that was cut off", 2),
+    ([stopped_by("max_tokens", "A cat and a")], "an answer that was cut off", 2),
+    ([stopped_by("LENGTH", "A cat and a")], "an answer that was cut off", 2),
+    ([stopped_by("abort", "A cat and a")], "an answer that was cut off", 2),
+    ([stopped_by("SAFETY", "A cat")], "an answer that a filter took away", 2),
+    ([message(content="A cat \ud83d")], "an answer with half a character", 2),
     ([stopped_by("content_filter", "A cat")], "an answer that a filter took away", 2),
     ([too_short_a_body], "IncompleteRead", 2),
     ([CHUNKS_CUT_SHORT], "IncompleteRead", 2),
@@ -320,6 +328,29 @@ def own_temperature_only(request):
         words = b'{"error": {"message": "Unsupported value: \'temperature\' does not support 0"}}'
         return 400, {}, words
     return "hello"
+
+
+def test_another_refusal_leaves_the_temperature_alone(server, capsys):
+    """A server that sends the request back with its error names the temperature, too."""
+    echo = (400, {}, b'{"detail": "image too small", "request": {"temperature": 0.0}}')
+    server.script = [echo, echo, "yes"]
+    endpoint = chat.Endpoint(server.url, "m", tries=1, temperature=0, timeout=10)
+    assert endpoint.one(HELLO) is None
+    assert endpoint.one(HELLO) == "yes"
+    assert server.calls[-1]["temperature"] == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("key, url, words", [
+    ("line\nend", "http://x/v1", "the key in LENS_API_KEY"),
+    ("\u201ckey\u201d", "http://x/v1", "the key in LENS_API_KEY"),
+    ("key", "http://x/v1?api-version=1", "must end with /v1"),
+])
+def test_a_key_or_an_address_that_cannot_be_is_told_at_once(key, url, words, monkeypatch):
+    monkeypatch.setenv("LENS_API_KEY", key)
+    with pytest.raises(LensError, match=words) as error:
+        chat.Endpoint(url, "m")
+    assert key == "key" or key not in str(error.value)
 
 
 def test_a_refused_temperature_is_left_out_from_then_on(server, tmp_path, capsys):

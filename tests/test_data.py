@@ -754,7 +754,7 @@ def test_caching_counts_and_names_what_it_cannot_read(tmp_path, capsys):
     spoil(data.Shards(pattern, SIZES), 3)
     data.main(cache_command(pattern, tmp_path / "latents"))
     said = capsys.readouterr()
-    assert "1 pictures could not be read" in said.out
+    assert "1 pictures were left out" in said.out
     assert "left out: 00000.tar, sample 3: broken picture" in said.err
     assert len(data.Shards(tmp_path / "latents" / "*.tar", SIZES).rows) == 5
 

@@ -244,8 +244,20 @@ YES_NO = [True, False]
     ('{"1": 1, "2": 0}\n\nStatement 2 fails: see [2].', YES_NO),
     ('<think>{1: yes?} {"1": 0, "2": 0}</think>{"1": 1, "2": 0}', YES_NO),
     ('{"1": 1, "2": 0} So: {"1": 1, "2": 0}', YES_NO),
+    ('{"1": 1, "2": 0,}', YES_NO),
+    ('{"answers": [{"1": 1}, {"2": 0}]}', YES_NO),
+    ('[THINK]{"1": 0, "2": 0}?[/THINK]{"1": 1, "2": 0}', YES_NO),
     # Not read: half, unclear, or twice in different ways.
     ('{"1": 1}', None),
+    ('Draft {"1": 0, "2": 0}. Final: {1: 1, 2: 0}', None),
+    ('Draft {"1": 0, "2": 0}. Final: {"1": 1, "2": 0', None),
+    ('{"no": {"1": 1, "2": 0}}', None),
+    ('{"violated": {"1": 1, "2": 0}}', None),
+    ('{"1": 1, "2": 0, "1": 0}', None),
+    ('{"1": "1, 0", "2": 0}', None),
+    ('{"1": "yes, no", "2": 0}', None),
+    ('{"1": "1 (out of 10)", "2": 0}', None),
+    ('{"-1": 1, "2": 0}', None),
     ('{"1": 1, "2": null}', None),
     ('{"1": 1, "2": 0.5}', None),
     ('{"1": 1, "2": "0.5"}', None),
@@ -274,6 +286,19 @@ def test_an_answer_of_a_judge_is_read_whole_or_not_at_all(text, expected):
         return
     with pytest.raises(NoAnswer, match="nonsense"):
         kit_rubrics.verdicts(text, 2)
+
+
+@pytest.mark.parametrize("rubric", [
+    {"name": "a", "check": "b", "held_out": "false"},
+    {"name": "a", "check": None},
+    {"name": "a", "check": " "},
+    {"name": ["a"], "check": "b"},
+])
+def test_a_rubric_of_other_types_is_refused(rubric, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a cat", "rubrics": [rubric]}))
+    with pytest.raises(LensError, match="line 1|held_out|is not a text"):
+        kit_rubrics.read_rows(path, [(64, 64)])
 
 
 def all_yes(request):

@@ -392,6 +392,51 @@ def test_what_is_written_for_comfyui_is_the_same_change(settings, tmp_path):
         assert relative(weight, comfy.state_dict()[name]) < 1e-6
 
 
+def test_a_root_of_the_rank_is_not_taken_twice(tmp_path):
+    """What is written for ComfyUI has it in its alpha, whatever the settings beside it say."""
+    product = save_pair(tmp_path / "pytorch_lora_weights.safetensors")
+    config = {"r": 4, "lora_alpha": 8, "use_rslora": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    write_for_comfyui(tmp_path, tmp_path / "comfy.safetensors")
+    for file in ("pytorch_lora_weights.safetensors", "comfy.safetensors"):
+        model = random_model()
+        merge_lora(model, tmp_path / file)
+        check_scales(model, product, 4, 4)
+
+
+def test_a_settings_file_is_of_the_usual_names_alone(tmp_path):
+    save_pair(tmp_path / "pytorch_lora_weights.safetensors")
+    own = {"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 8})}
+    product = save_pair(tmp_path / "other.safetensors", notes=own)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 64}))
+    model = random_model()
+    merge_lora(model, tmp_path / "other.safetensors")
+    check_scales(model, product, 2, 2)
+
+
+def test_a_layer_under_two_names_is_refused(tmp_path):
+    a, b = pair()
+    save_file({f"{prefix}{FIRST}.lora_{x}.weight": t.clone()
+               for prefix in ("diffusion_model.", "transformer.")
+               for x, t in (("A", a), ("B", b))}, tmp_path / "lora.safetensors")
+    with pytest.raises(LensError, match="stands there under two names"):
+        merge_lora(random_model(), tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.pop(next(k for k in t if "lora_B" in k)), "lacks one of its two matrices"),
+    (lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()}), "a packed format"),
+])
+def test_nothing_unsound_is_written_for_comfyui(change, words, tmp_path):
+    save_lora(model_with_adapter(), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(LensError, match=words):
+        write_for_comfyui(tmp_path, tmp_path / "comfy.safetensors")
+    assert not (tmp_path / "comfy.safetensors").exists()
+
+
 def test_a_pickled_lora_is_named(tmp_path):
     torch.save({"x": torch.ones(1)}, tmp_path / "adapter_model.bin")
     for path in (tmp_path, tmp_path / "adapter_model.bin"):

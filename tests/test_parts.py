@@ -209,6 +209,61 @@ def test_an_adapter_over_three_files_knows_them(three, expected, tmp_path):
     assert 0 < change < 0.01
 
 
+def test_a_part_of_another_kind_is_one_line(three, nano, capsys):
+    """An autoencoder for a denoiser, or of another size than it."""
+    apart = ["--vae", str(three["vae"]), "--text-encoder", str(three["encoder"])]
+    coder = str(nano / "vae" / "diffusion_pytorch_model.safetensors")
+    line = error_line(sample.main, ["--prompt", "x", "--weights", coder, *apart], capsys)
+    assert "is not a Lens denoiser" in line
+    toy = str(sample.TOY)
+    for flags, words in ((["--vae", toy], "makes tokens of 32 channels"),
+                         (["--text-encoder", toy], "has features 96 wide")):
+        line = error_line(sample.main, ["--prompt", "x", "--weights", str(nano), *flags], capsys)
+        assert words in line and "not of one model" in line
+
+
+@pytest.mark.parametrize("prefix", ["vae.", "first_stage_model."])
+def test_an_autoencoder_out_of_a_larger_file(prefix, three):
+    tensors = load_file(three["vae"])
+    save_file({prefix + name: t for name, t in tensors.items()}, three["vae"])
+    assert load_vae(three["vae"]).config == lens.SIZES["nano"].vae
+
+
+def test_the_plain_file_is_taken_before_a_variant(nano, copied):
+    folder = copied / "transformer"
+    wrong = {name: torch.zeros_like(t)
+             for name, t in load_file(folder / "diffusion_pytorch_model.safetensors").items()}
+    save_file(wrong, folder / "diffusion_pytorch_model.fp16-00001-of-00001.safetensors")
+    write_json(folder / "diffusion_pytorch_model.fp16.safetensors.index.json", {
+        "weight_map": {name: "diffusion_pytorch_model.fp16-00001-of-00001.safetensors"
+                       for name in wrong}})
+    state, expected = load_transformer(copied).state_dict(), load_transformer(nano).state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_a_language_model_with_tensors_left_over_is_refused(copied):
+    file = copied / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(2, 2)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(LensError, match="tensors this model has no place for"):
+        load_text_encoder(copied)
+
+
+@pytest.mark.parametrize("content", ["5", "null", "[1]"])
+def test_json_of_another_type_is_one_line(content, copied):
+    (copied / "transformer" / "config.json").write_text(content)
+    with pytest.raises(LensError, match="it holds no JSON object"):
+        load_transformer(copied)
+    shutil.rmtree(copied / "transformer")
+    (copied / "model_index.json").write_text(content)
+    with pytest.raises(LensError, match="it holds no JSON object"):
+        load_transformer(copied)
+    write_json(copied / "model_index.json", {"base": 5})
+    with pytest.raises(LensError, match="its base is no name: 5"):
+        load_transformer(copied)
+
+
 def test_names_of_parts_are_told_once():
     assert str(gather("weights/toy")) == "weights/toy"
     assert str(gather("a", vae="b")) == "a, b"
