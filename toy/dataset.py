@@ -26,10 +26,12 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import toy.world
 from data import Batch
 from kit.files import (
     LensError,
     error_context,
+    file_hash,
     open_safetensors,
     require,
     write_json,
@@ -270,6 +272,8 @@ def world_key(stage, seed, vae, encoder):
         "brief": BRIEF,
         "shape_odds": stage.shape_odds,
         "labels": [*SHAPES, *COLORS],
+        # Who changes how scenes are drawn or captioned gets new ones.
+        "drawing": file_hash(toy.world.__file__),
         "vae": weights_digest(vae),
         "text_encoder": text_digest(encoder),
     })
