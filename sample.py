@@ -86,7 +86,7 @@ from kit.run import compile_blocks, pick_attention, pick_device, pick_dtype, use
 from toy import language
 from toy.checker import first_failures, held_out_rows, round_trip, score, token_diversity
 
-TOY = Path(__file__).resolve().parent / "weights" / "toy"
+TOY = data.TOY
 STEPS = 20               # [checkpoint] where weights do not say otherwise
 GUIDANCE = 5.0           # [checkpoint]
 BASE = 1024              # [checkpoint] pictures of 1024 x 1024
@@ -655,16 +655,16 @@ def arguments(argv):
     add("--prompt", action="append", type=utf8_text,
         help="what the picture shows; may be given more than once")
     add("--prompts-file", metavar="FILE", type=user_path,
-        help="one prompt a line. Of a .jsonl file, "
-        "GenEval's: pictures go into the folders that its evaluator reads")
+        help="one prompt a line. Of a .jsonl file, GenEval's: pictures go into the folders that "
+        "its evaluator reads")
     add("--negative", default="", type=utf8_text,
         help="what it should not show, under guidance; empty: no text at all")
     add("--seed", type=seed_number, default=0,
         help="of the first picture; the next have seed + 1, ... (default: %(default)s)")
     add("--num", type=positive, default=1, help="pictures a prompt (default: %(default)s)")
     add("--image", metavar="FILE", type=user_path,
-        help="a picture to start from; its middle is taken "
-        "where its proportions are not those asked for")
+        help="a picture to start from; its middle is taken where its proportions are not those "
+        "asked for")
     add("--strength", type=float,
         help=f"how much of --image is redrawn, above 0 to 1 (default: {STRENGTH})")
 
@@ -704,16 +704,16 @@ def arguments(argv):
     add("--reason", action="store_true",
         help="rewrite each prompt into a dense one first, as the captions in training were")
     add("--system-prompt", metavar="FILE", type=user_path,
-        help="what the reasoner is told (default: "
-        "the project's own words; rl.py --search finds others)")
+        help="what the reasoner is told (default: the project's own words; rl.py --search finds "
+        "others)")
     add("--endpoint", metavar="URL", help="OpenAI-compatible, up to and with /v1 (default: the "
         "text encoder writes); its key is read from LENS_API_KEY")
     add("--model", help="the endpoint's model")
 
     add = parser.add_argument_group("out").add_argument
     add("--out", default="out", metavar="PATH", type=user_path,
-        help="folder for the pictures (default: "
-        "%(default)s), or a file: picture.png, .jpg or .webp (of several: picture-0.png, ...)")
+        help="folder for the pictures (default: %(default)s), or a file: picture.png, .jpg or "
+        ".webp (of several: picture-0.png, ...)")
     add("--scale", type=positive, default=1, metavar="N", help="write each pixel N times across "
         "and down, to see small pictures large (default: %(default)s)")
     add("--cache", default=default_cache(), metavar="DIR", type=user_path,

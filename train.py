@@ -718,12 +718,11 @@ def make_denoiser(run, size, init, base_dtype):
 def captions_to_show(run, size, source, encoder):
     """The first twelve captions of the user's, for previews. Says which words the toy's frozen text
     encoder has never read. encoder: None where the inputs are cached"""
-    captions = source.first_captions(1000)
     if size in TOY_SIZES and encoder is not None:
-        remark = language.remark_on_captions(captions, encoder.tokenizer)
+        remark = language.remark_on_captions(source.first_captions(1000), encoder.tokenizer)
         if remark:
             run.say(f"note: {remark}")
-    return tuple(captions[:12])
+    return tuple(source.first_captions(12))
 
 
 @dataclass(frozen=True)

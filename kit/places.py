@@ -48,7 +48,7 @@ class Places:
     text_encoder: str
 
     def of(self, part):
-        return self.text_encoder if part == "tokenizer" else getattr(self, part)
+        return getattr(self, part)
 
     def __str__(self):
         return ", ".join(dict.fromkeys(str(self.of(part)) for part in PARTS))
@@ -180,14 +180,14 @@ def base_from(folder, base):
 
 # --- Where things are -----------------------------------------------------------------------------
 
-def weight_files(path, names=WEIGHT_NAMES):
+def weight_files(path):
     """The safetensors files of one part: a file itself; in a folder the shards that an index names,
     a file with a usual name, or the only file there."""
     path = Path(path)
     if path.is_file():
         return [path]
 
-    for name in names:                             # before variants such as model.fp16.safetensors
+    for name in WEIGHT_NAMES:                      # before variants such as model.fp16.safetensors
         if (path / f"{name}.index.json").exists():
             return shards_of(path / f"{name}.index.json")
         if (path / name).exists():
