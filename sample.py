@@ -84,7 +84,14 @@ from kit.places import (
 )
 from kit.run import compile_blocks, pick_attention, pick_device, pick_dtype, use_attention
 from toy import language
-from toy.checker import first_failures, held_out_rows, round_trip, score, token_diversity
+from toy.checker import (
+    DRAWN,
+    first_failures,
+    held_out_rows,
+    round_trip,
+    score,
+    token_diversity,
+)
 
 TOY = data.TOY
 STEPS = 20               # [checkpoint] where weights do not say otherwise
@@ -323,7 +330,7 @@ def evaluate(pipeline, height, width, steps, guidance, per_task=50, seed=0, styl
     """-> (scores, pictures, prompts) of held-out prompts, `per_task` for each of the six tasks.
 
     scores     each task's share of prompts all of whose facts hold, `overall` (their mean), and
-               `fidelity`, the Fréchet distance to drawn pictures of the same prompts
+               what no fact holds, see toy.checker.score
     style      how the scenes are asked for: dense, brief or vague
     rewrite    [prompt] -> [prompt], the reasoner
     diversity  adds `diversity`, see `measure_diversity`
@@ -538,7 +545,8 @@ def evaluate_command(weights, sampling, out, per_task, style, make_reasoner=None
     path = save_new(sheet, out / "eval.png", notes)
     print(f"\n{'task':14} score   ({notes['prompts']}, {seconds:.0f} s)")
     for name, value in scores.items():
-        print(f"{name:14} {value:.3f}")
+        drawn = f"   (drawn pictures: {DRAWN[name]:.2f})" if name in DRAWN else ""
+        print(f"{name:14} {value:.3f}{drawn}")
     print(f"{len(shown)} of the pictures are in {path}, each with its prompt, or with the first "
           "fact that does not hold")
     print(json.dumps(scores))

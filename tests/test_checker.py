@@ -1,31 +1,40 @@
 """toy/checker.py: the checker must be right, since every score in this project rests on it."""
 import collections
 import hashlib
+import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch import nn
 
 from data import bucket, buckets
 from toy.checker import (
+    DRAWN,
+    FOLD,
     HUES,
     Checker,
     Seen,
     check_facts,
+    chroma_of,
     fact_words,
     fidelity_features,
     first_failures,
     frechet_distance,
     held_out,
     held_out_rows,
+    ideal_of,
     look,
+    objects_in,
+    outlines,
     regions,
+    rgb_of,
     round_trip,
     score,
     specks,
+    texture_shares,
     token_diversity,
 )
 from toy.world import (
@@ -38,6 +47,8 @@ from toy.world import (
     TASKS,
     TONES,
     Fact,
+    Object,
+    Scene,
     Spec,
     draw,
     facts,
@@ -355,7 +366,7 @@ def test_score_of_drawn_pictures():
     rows = [row for task in TASKS for row in held_out(task, 4, 64, 96)]
     pictures = [draw(row.scene, 64, 96) for row in rows]
     scores = score(pictures, rows, MeanColors())
-    assert list(scores) == ["overall", *TASKS, "fidelity"]
+    assert list(scores) == ["overall", *TASKS, *DRAWN]
     assert scores["fidelity"] == pytest.approx(0, abs=1e-3)
     assert all(scores[name] == 1 for name in ("overall", *TASKS))
 
@@ -366,6 +377,81 @@ def test_score_of_drawn_pictures():
     assert worse["two_object"] == 1
     assert worse["overall"] == round(5.25 / 6, 4)
     assert worse["fidelity"] > scores["fidelity"]
+
+
+# --- Outline and textures -------------------------------------------------------------------------
+
+def lone(shape, size=0.15, angle=0.0, fill="plain", texture="plain"):
+    """A red object in the middle of a grey ground."""
+    obj = Object(shape, "red", size, 0.5, 0.5, angle, fill, (0, 0, 0))
+    return Scene((obj,), "grey", (0.5, 0.5), 0.3, texture, "single_object", 0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outlines_of_drawn_shapes_overlap_the_ideal_at_every_angle(shape):
+    for angle in (-0.5, 0.0, 0.2, 0.6):
+        (overlap,) = outlines(draw(lone(shape, angle=angle), 128, 128))
+        assert overlap > 0.94
+
+
+def test_what_is_seen_of_a_shape_is_its_angle():
+    for shape, (k, _) in FOLD.items():
+        image = draw(lone(shape, angle=0.2), 128, 128)
+        rgb = rgb_of(image)
+        (region,) = objects_in(rgb, chroma_of(rgb))
+        turned = ideal_of(region.form, 128, 128).angle - 0.2
+        # A square turned by a quarter is the same square.
+        assert math.remainder(turned, 2 * math.pi / k) == pytest.approx(0, abs=0.03)
+
+
+def test_outline_falls_where_corners_are_rounded_or_a_piece_is_missing():
+    square = np.array(draw(lone("square"), 128, 128))
+    (whole,) = outlines(square)
+    bitten = square.copy()
+    bitten[44:58, 44:58] = 128                         # one corner, grey
+    (less,) = outlines(bitten)
+    assert less < whole - 0.04
+
+    # A square whose corners are a circle's, of the same area: still read as one of the two.
+    blurred = draw(lone("square"), 128, 128).filter(ImageFilter.GaussianBlur(6))
+    (rounded,) = outlines(blurred)
+    assert rounded < whole - 0.02
+
+
+def test_a_picture_without_objects_has_no_outlines():
+    blank = draw(lone("square")._replace(objects=()), 64, 64)
+    assert outlines(blank) == []
+    assert texture_shares([blank])["stripes"] == 0
+
+
+@pytest.mark.parametrize("side", (64, 128))
+def test_textures_are_read_on_held_out_scenes(side):
+    scenes = [sample_scene(91, 0, i, side, side)[0] for i in range(60)]
+    shares = texture_shares([draw(scene, side, side) for scene in scenes])
+    objects = [obj for scene in scenes for obj in scene.objects]
+    grounds = [scene.texture for scene in scenes]
+    fills = [obj.fill for obj in objects]
+    assert shares == {
+        "stripes": pytest.approx(fills.count("striped") / len(fills), abs=0.02),
+        "shading": pytest.approx(fills.count("shaded") / len(fills), abs=0.02),
+        "bands": pytest.approx(grounds.count("bands") / 60, abs=0.02),
+        "speckle": pytest.approx(grounds.count("speckle") / 60, abs=0.02)}
+
+
+def test_faint_stripes_are_read_as_none():
+    """Mixed with a plain one, stripes of a fifth of their contrast are none, of most of it some."""
+    plain = np.array(draw(lone("circle"), 128, 128), float)
+    striped = np.array(draw(lone("circle", fill="striped"), 128, 128), float)
+    for contrast, share in ((0.2, 0), (0.8, 1)):
+        mixed = plain + contrast * (striped - plain)
+        assert texture_shares([mixed.astype(np.uint8)])["stripes"] == share
+
+
+def test_noise_is_no_bands():
+    rng = np.random.default_rng(0)
+    noisy = np.array(draw(lone("circle"), 128, 128), float) + rng.normal(0, 8, (128, 128, 1))
+    assert texture_shares([noisy.clip(0, 255).astype(np.uint8)])["bands"] == 0
+    assert texture_shares([draw(lone("circle", texture="bands"), 128, 128)])["bands"] == 1
 
 
 def test_fidelity_features_are_mean_and_spread_of_tokens():

@@ -23,7 +23,7 @@ from kit.places import read_metadata
 from kit.rubrics import gaming
 from kit.run import Run, choose
 from kit.state import check_no_other_weights, newest_state
-from toy.checker import Checker
+from toy.checker import DRAWN, Checker
 from toy.world import TASKS
 
 # --- DiffusionNFT on one number -------------------------------------------------------------------
@@ -475,7 +475,7 @@ def test_evaluation_and_sheets_come_on_schedule(base, tmp_path, steady, capsys):
     assert said.out.splitlines()[-1] == f"done: python sample.py --eval --weights {tmp_path}"
     for bar in ("denoise", "diversity"):
         assert bar in said.err
-    names = {"overall", *TASKS, "fidelity", "diversity"}
+    names = {"overall", *TASKS, *DRAWN, "diversity"}
     assert not names - {"diversity"} & log[0].keys()
     assert names <= log[1].keys()
     sheets = {path.name for path in tmp_path.glob("*.png")}

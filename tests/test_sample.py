@@ -25,7 +25,7 @@ from kit.files import LensError, write_json, write_safetensors
 from kit.images import from_pil, read_notes
 from kit.lora import add_lora, lora_parameters, save_lora
 from kit.places import WEIGHT_NAMES, base_from
-from toy.checker import token_diversity
+from toy.checker import DRAWN, token_diversity
 from toy.world import TASKS, draw, sample_scene
 
 GRID = (3, 4)
@@ -332,7 +332,7 @@ def test_noise_is_of_its_seed_alone():
 def test_evaluation_measures_diversity_where_asked(pipeline):
     how = dict(height=48, width=48, steps=2, guidance=1.0, per_task=2, progress=False)
     scores, pictures, prompts = sample.evaluate(pipeline, **how)
-    assert list(scores) == ["overall", *TASKS, "fidelity"]
+    assert list(scores) == ["overall", *TASKS, *DRAWN]
     assert len(pictures) == len(prompts) == 12
     more, *_ = sample.evaluate(pipeline, **how, diversity=True)
     assert more.pop("diversity") > 0
@@ -749,7 +749,7 @@ def test_eval_ends_with_a_line_of_json(nano, tmp_path, capsys):
     run_sample("--weights", nano, "--eval", "--per-task", 4, "--out", tmp_path)
     said = capsys.readouterr().out.strip().splitlines()
     scores = json.loads(said[-1])
-    assert list(scores) == ["overall", *TASKS, "fidelity"]
+    assert list(scores) == ["overall", *TASKS, *DRAWN]
     mean = sum(scores[task] for task in TASKS) / 6
     assert scores["overall"] == pytest.approx(mean, abs=1e-3)
     assert scores["fidelity"] > 0

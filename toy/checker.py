@@ -5,9 +5,10 @@ Read before: toy/world.py. Read after: toy/dataset.py, or sample.py.
 It stands in for GenEval's object detectors [ours]: `look` segments a picture by colour and names
 the shape of every connected region by its moments; `check_facts` says which facts of a prompt hold.
 From that come the toy's judge in reward learning (`Checker`), the `score` of held-out prompts of
-six tasks, and the test of an autoencoder (`round_trip`). Facts do not see everything, so two more
-numbers stand beside them: fidelity (a Fréchet distance to drawn pictures), and the diversity of the
-pictures of one prompt.
+six tasks, and the test of an autoencoder (`round_trip`). Facts do not see everything, so more
+numbers stand beside them: outline (do shapes have their corners?), textures (are stripes, shading,
+bands and speckle there?), fidelity (a Fréchet distance to drawn pictures), and the diversity of
+the pictures of one prompt.
 """
 import colorsys
 import functools
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -24,6 +26,7 @@ from toy.world import (
     AREAS,
     CELL_TOLERANCE,
     COLORS,
+    FILLS,
     PLACES,
     RELATION_TOLERANCE,
     RELATIONS,
@@ -31,6 +34,7 @@ from toy.world import (
     SIZE_LIMIT,
     SIZE_RANGES,
     TASKS,
+    TEXTURES,
     TONES,
     Object,
     Scene,
@@ -74,6 +78,16 @@ class Form(NamedTuple):
     y: float
     radius: float        # of the circle of equal area, pixels
     numbers: np.ndarray  # [5] that tell shapes apart, see `form_of`
+    folds: dict          # {k: mean of z^k}, complex, see `form_of`
+
+
+class Region(NamedTuple):
+    """A connected region of one colour that is large enough to be an object. n pixels."""
+    rows: np.ndarray     # [n]
+    columns: np.ndarray  # [n]
+    color: str           # one of COLORS
+    cover: np.ndarray    # [n] in [0, 1]: how much of each pixel is covered
+    form: Form
 
 
 def hue_of(rgb):
@@ -88,27 +102,43 @@ HUES = np.array([hue_of(rgb) for rgb in COLORS.values()])
 
 def look(image):
     """What is in a picture: Seen. image: PIL, or uint8 [H, W, 3]."""
-    rgb = np.asarray(image, np.float32)[..., :3] / 255              # [H, W, 3]
+    rgb = rgb_of(image)                                             # [H, W, 3]
     height, width = rgb.shape[:2]
     chroma = chroma_of(rgb)                                         # [H, W]
 
     empty = chroma < COLORLESS
     tone = float(rgb.mean(-1)[empty].mean()) if empty.any() else 0.5
 
+    objects = []
+    for region in objects_in(rgb, chroma):
+        form = region.form
+        objects.append(FoundObject(
+            shape_of(form), region.color, form.radius / math.sqrt(height * width),
+            (form.x + 0.5) / width, (form.y + 0.5) / height))
+    return Seen(objects, tone)
+
+
+def rgb_of(image):
+    """A picture, PIL or uint8 [H, W, 3], as fp32 [H, W, 3] in [0, 1]."""
+    return np.asarray(image, np.float32)[..., :3] / 255
+
+
+def objects_in(rgb, chroma):
+    """[Region] of a picture [H, W, 3] in [0, 1] whose chroma [H, W] is known."""
+    height, width = chroma.shape
     colored = chroma > COLORED
     labels = np.zeros((height, width), int)                         # 0, or a colour's number
     labels[colored] = 1 + nearest_color(rgb[colored])
 
     smallest = SPECK * math.pi * SIZE_RANGES["small"][0] ** 2 * height * width
-    objects = []
+    found = []
     for rows, columns in regions(labels):
         if len(rows) >= smallest:
             color = list(COLORS)[labels[rows[0], columns[0]] - 1]
-            form = form_of(rim_weights(chroma[rows, columns]), rows, columns)
-            objects.append(FoundObject(
-                shape_of(form), color, form.radius / math.sqrt(height * width),
-                (form.x + 0.5) / width, (form.y + 0.5) / height))
-    return Seen(objects, tone)
+            cover = rim_weights(chroma[rows, columns])
+            form = form_of(cover, rows, columns)
+            found.append(Region(rows, columns, color, cover, form))
+    return found
 
 
 def chroma_of(rgb):
@@ -185,12 +215,13 @@ def form_of(weight, rows, columns):
     z = ((columns - x) + 1j * (rows - y)) / radius                  # [n]
 
     spread = (weight * np.abs(z) ** 2).sum() / total
-    folds = [abs((weight * z**k).sum() / total) for k in (3, 4, 5)]
+    folds = {k: (weight * z**k).sum() / total for k in (3, 4, 5)}
 
     middle = np.abs(z) < 0.36
     middle_area = math.pi * (0.36 * radius) ** 2
     hollow = 1 - weight[middle].sum() / max(middle_area, 1.0)
-    return Form(x, y, radius, np.array([spread, *folds, 0.5 * hollow]))
+    numbers = np.array([spread, *np.abs(list(folds.values())), 0.5 * hollow])
+    return Form(x, y, radius, numbers, folds)
 
 
 @functools.cache
@@ -218,10 +249,16 @@ def shape_numbers():
 
 def shape_of(form):
     """The shape whose numbers are nearest, or "unclear"."""
+    shape, distance = nearest_shape(form)
+    return shape if distance < UNCLEAR else "unclear"
+
+
+def nearest_shape(form):
+    """-> (one of SHAPES, how many spreads its numbers are away)."""
     means, spread = shape_numbers()
     distance = np.sqrt((((form.numbers - means) / spread) ** 2).mean(1))        # [shapes]
     nearest = int(distance.argmin())
-    return SHAPES[nearest] if distance[nearest] < UNCLEAR else "unclear"
+    return SHAPES[nearest], distance[nearest]
 
 
 # --- Checking: do the facts hold? -----------------------------------------------------------------
@@ -362,6 +399,197 @@ def noun(name):
     return f"{color} {words}" if color else words
 
 
+# --- Outline: do shapes have their corners? -------------------------------------------------------
+
+# How a shape's turn is read off: (k, argument of mean z^k at angle 0). A turn by `angle` multiplies
+# z^k by exp(i k angle). A square's corners lie on the diagonals at angle 0, where z^4 is negative;
+# those of triangle and star point up, where z is -i. Circle and ring look alike at every angle.
+FOLD = {
+    "square": (4, math.pi),
+    "cross": (4, 0.0),
+    "triangle": (3, math.pi / 2),
+    "star": (5, -math.pi / 2),
+}
+
+
+def outlines(image):
+    """[IoU] of each object in the picture with the ideal shape of its own kind, size, place and
+    angle: intersection over union of their pixels, in [0, 1].
+
+    Drawn pictures of 128 x 128 have 0.97, since pixels are coarse. A blob that is no shape is held
+    against the shape that it is nearest to. image: as in `look`
+    """
+    rgb = rgb_of(image)
+    height, width = rgb.shape[:2]
+    overlaps = []
+    for region in objects_in(rgb, chroma_of(rgb)):
+        mask = np.zeros((height, width), bool)
+        mask[region.rows, region.columns] = region.cover > 0.5
+        ideal = coverage(ideal_of(region.form, height, width), height, width) > 0.5
+        overlaps.append((mask & ideal).sum() / (mask | ideal).sum())
+    return overlaps
+
+
+def ideal_of(form, height, width):
+    """The Object that a region's form comes nearest to; its colour does not matter."""
+    shape, _ = nearest_shape(form)
+    angle = 0.0
+    if shape in FOLD:
+        k, at_rest = FOLD[shape]
+        angle = (np.angle(form.folds[k]) - at_rest) / k
+    return Object(shape, "red", form.radius / math.sqrt(height * width), (form.x + 0.5) / width,
+                  (form.y + 0.5) / height, angle, "plain", (0, 0, 0))
+
+
+# --- Textures: are stripes, shading, bands and speckle there? -------------------------------------
+# Captions leave textures open, so no fact holds them, and a picture may have any. Drawn pictures
+# have each of three fills and three grounds in a third of the cases: so should generated ones.
+
+TEXTURE_SEED = 1_000_006         # of the scenes that the readers are fitted on
+
+# Waves per radius of an object, and per side of a picture, times 2 pi: as toy.world draws them.
+STRIPES, BANDS = 4.2, 8 * math.pi
+
+
+class Reader(NamedTuple):
+    """A linear reader: numbers that tell of a texture -> which of its names."""
+    names: tuple         # FILLS or TEXTURES
+    mean: np.ndarray     # [d] of the numbers that it was fitted on
+    spread: np.ndarray   # [d]
+    weights: np.ndarray  # [d + 1, names]
+
+    def read(self, numbers):
+        """[n, d] -> [n] names."""
+        scaled = (np.asarray(numbers) - self.mean) / self.spread
+        votes = with_one(scaled) @ self.weights
+        return [self.names[k] for k in votes.argmax(1)]
+
+
+def with_one(numbers):
+    """[n, d] -> [n, d + 1]: a constant beside the numbers."""
+    return np.concatenate([numbers, np.ones((len(numbers), 1))], axis=1)
+
+
+def fit_reader(names, numbers, truth):
+    """Reader by least squares on one-hot votes. numbers [n, d]; truth: [n] names.
+
+    Its borders lie about half way between two textures: stripes of less than half their contrast
+    are read as none.
+    """
+    numbers = np.array(numbers)
+    mean, spread = numbers.mean(0), numbers.std(0)
+    votes = np.array([[name == true for name in names] for true in truth], float)
+    weights, *_ = np.linalg.lstsq(with_one((numbers - mean) / spread), votes, rcond=None)
+    return Reader(names, mean, spread, weights)
+
+
+@functools.cache
+def texture_readers():
+    """(Reader of an object's fill, Reader of the ground), fitted on 150 drawn scenes."""
+    fills, true_fills, grounds, true_grounds = [], [], [], []
+    for i in range(150):
+        side = AREAS[i % len(AREAS)]
+        scene, _, _ = sample_scene(TEXTURE_SEED, 0, i, side, side)
+        rgb = rgb_of(draw(scene, side, side))
+        chroma = chroma_of(rgb)
+        for region in objects_in(rgb, chroma):
+            fills.append(fill_numbers(rgb, region))
+            true_fills.append(object_at(scene, region.form, side).fill)
+        grounds.append(ground_numbers(rgb, chroma))
+        true_grounds.append(scene.texture)
+    return fit_reader(FILLS, fills, true_fills), fit_reader(TEXTURES, grounds, true_grounds)
+
+
+def object_at(scene, form, side):
+    """The scene's object that lies nearest to a form, in a square picture."""
+    def distance(obj):
+        return math.hypot(obj.x * side - form.x, obj.y * side - form.y)
+    return min(scene.objects, key=distance)
+
+
+def fill_numbers(rgb, region):
+    """[3] that tell an object's fill: how steep its brightness is, how strong the wave of stripes
+    on it, and how uneven it is beside the slope."""
+    mask = np.zeros(rgb.shape[:2], bool)
+    mask[region.rows, region.columns] = True
+    rows, columns = np.nonzero(~widened(~mask, 1))                  # without the rim
+    if len(rows) < 9:
+        return [0.0, 0.0, 0.0]
+    form = region.form
+    brightness = rgb[rows, columns].mean(-1)
+    x = (columns - form.x) / form.radius
+    y = (rows - form.y) / form.radius
+    slope, rest = without_slope(brightness / brightness.mean(), x, y)
+    return [slope, wave(rest, x, y, STRIPES), rest.std()]
+
+
+def ground_numbers(rgb, chroma):
+    """[3] that tell a ground: how strong the wave of bands is on it, how uneven it is beside its
+    slope, and how uneven beside slope and wave."""
+    height, width = chroma.shape
+    rows, columns = np.nonzero(~widened(chroma >= COLORLESS, 2))    # away from objects
+    if len(rows) < 9:
+        return [0.0, 0.0, 0.0]
+    x = (columns + 0.5) / width - 0.5
+    y = (rows + 0.5) / height - 0.5
+    _, rest = without_slope(rgb[rows, columns].mean(-1), x, y)
+    bands = wave(rest, x, y, BANDS)
+    uneven = rest.std()
+    return [bands, uneven, math.sqrt(max(uneven**2 - bands**2 / 2, 0))]
+
+
+def widened(mask, pixels):
+    """A mask [H, W] with all that is at most so many pixels away from it."""
+    padded = torch.from_numpy(mask)[None].float()
+    size = 2 * pixels + 1
+    return F.max_pool2d(padded, size, stride=1, padding=pixels)[0].numpy() > 0
+
+
+def without_slope(brightness, x, y):
+    """-> (steepness of the plane through brightness [n] at x, y [n], what is left [n])."""
+    terms = np.stack([np.ones_like(x), x, y], axis=1)
+    plane, *_ = np.linalg.lstsq(terms, brightness, rcond=None)
+    return math.hypot(plane[1], plane[2]), brightness - terms @ plane
+
+
+def wave(brightness, x, y, frequency):
+    """Amplitude of the strongest wave of this frequency, of 32 directions and any phase, in
+    brightness [n] at x, y [n]."""
+    directions = np.arange(32) * math.pi / 32
+    along = np.outer(np.cos(directions), x) + np.outer(np.sin(directions), y)       # [32, n]
+    return 2 * np.abs((np.exp(1j * frequency * along) * brightness).mean(1)).max()
+
+
+# What is reported of textures: a name, and what the readers call it.
+FILL_SHARES = {"stripes": "striped", "shading": "shaded"}
+GROUND_SHARES = {"bands": "bands", "speckle": "speckle"}
+
+# What drawn pictures of 128 x 128 have of the measures that no fact holds.
+DRAWN = {"fidelity": 0.0, "outline": 0.97, "stripes": 1 / 3, "shading": 1 / 3, "bands": 1 / 3,
+         "speckle": 1 / 3}
+
+
+def texture_shares(pictures):
+    """{"stripes", "shading": share of the objects, "bands", "speckle": share of the pictures} in
+    which each is read. Of drawn pictures each has a third. pictures: as in `look`"""
+    read_fill, read_ground = texture_readers()
+    fills, grounds = [], []
+    for picture in pictures:
+        rgb = rgb_of(picture)
+        chroma = chroma_of(rgb)
+        fills += [fill_numbers(rgb, region) for region in objects_in(rgb, chroma)]
+        grounds.append(ground_numbers(rgb, chroma))
+
+    seen_fills = read_fill.read(fills) if fills else []
+    seen_grounds = read_ground.read(grounds)
+    shares = {}
+    for name, texture in FILL_SHARES.items():
+        shares[name] = round(seen_fills.count(texture) / max(len(seen_fills), 1), 3)
+    for name, texture in GROUND_SHARES.items():
+        shares[name] = round(seen_grounds.count(texture) / len(seen_grounds), 3)
+    return shares
+
+
 # --- Scoring: held-out prompts of six tasks -------------------------------------------------------
 
 EVAL_SEED = 20_260_523           # training draws its scenes with other seeds
@@ -396,7 +624,9 @@ def score(pictures, rows, vae):
 
     Returns {"overall": mean of the six,
              each of TASKS: share of its pictures in which all facts hold,
-             "fidelity": Fréchet distance to the drawn pictures of the same prompts}.
+             "fidelity": Fréchet distance to the drawn pictures of the same prompts,
+             "outline": mean IoU of objects and ideal shapes,
+             "stripes", "shading", "bands", "speckle": how often they are there}.
     """
     passed = {task: [] for task in TASKS}
     for picture, row in zip(pictures, rows, strict=True):
@@ -408,7 +638,10 @@ def score(pictures, rows, vae):
     drawn = [draw(row.scene, height, width) for row in rows]
     fidelity = frechet_distance(fidelity_features(vae, from_pil(pictures)),
                                 fidelity_features(vae, from_pil(drawn)))
-    return {"overall": round(overall, 4), **tasks, "fidelity": round(fidelity, 3)}
+    overlaps = [overlap for picture in pictures for overlap in outlines(picture)]
+    outline = float(np.mean(overlaps)) if overlaps else 0.0
+    return {"overall": round(overall, 4), **tasks, "fidelity": round(fidelity, 3),
+            "outline": round(outline, 4), **texture_shares(pictures)}
 
 
 def first_failures(pictures, rows):
