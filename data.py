@@ -235,7 +235,7 @@ class Batch:
     text: list                    # K x [B, S, E] fp32
     mask: torch.Tensor            # [B, S] bool, True where a token is visible
     tokens: torch.Tensor = None   # [B, h*w, C] fp32; None: captions alone
-    labels: torch.Tensor = None   # [B, h*w, 6], see toy/dataset.py; None: not known
+    labels: torch.Tensor = None   # [B, h*w, 6], see toy/labels.py; None: not known
     # One line for each sample that could not be read and was replaced.
     faults: list = field(default_factory=list)
 

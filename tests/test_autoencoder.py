@@ -16,7 +16,8 @@ from kit.images import to_images
 from kit.state import newest_state
 from lens import SIZES
 from toy import autoencoder
-from toy.world import COLORS, SHAPES, random_scene
+from toy.labels import labels
+from toy.world import random_scene
 from vae import LensVAE
 
 NANO = ["--size", "nano", "--dtype", "fp32", "--report", "10", "--preview-every", "1000"]
@@ -47,28 +48,14 @@ def same_weights(one, two):
 # --- Batches --------------------------------------------------------------------------------------
 
 def test_batches_depend_on_seed_and_index_alone():
-    images, cells = autoencoder.make_batch(0, 5, (64, 96), 3)
-    again, cells_again = autoencoder.make_batch(0, 5, (64, 96), 3)
+    images, covering = autoencoder.make_batch(0, 5, (64, 96), 3)
+    again, covering_again = autoencoder.make_batch(0, 5, (64, 96), 3)
     other, _ = autoencoder.make_batch(0, 6, (64, 96), 3)
     assert torch.equal(images, again)
-    assert torch.equal(cells, cells_again)
-    assert not torch.equal(images, other)
-
-
-def test_cells_say_which_object_has_its_centre_there():
-    _, cells = autoencoder.make_batch(0, 5, (64, 96), 3)
-    cells = cells[0].view(4, 6, 4)
+    assert torch.equal(covering, covering_again)
     scene = random_scene(np.random.default_rng((0, 5, 0)), 64, 96)
-    obj = scene.objects[-1]                                    # never hidden by another
-    row, column = int(obj.y * 4), int(obj.x * 6)
-    assert cells[row, column, 0] == SHAPES.index(obj.shape)
-    assert cells[row, column, 1] == list(COLORS).index(obj.color)
-    within = torch.tensor([obj.x * 6 - column, obj.y * 4 - row])
-    assert torch.allclose(cells[row, column, 2:], within, atol=1e-5)
-
-    filled = cells[..., 0] >= 0
-    assert 1 <= filled.sum() <= len(scene.objects)
-    assert (cells[~filled] == -1).all()
+    assert torch.equal(covering[0], torch.from_numpy(labels(scene, 64, 96)))
+    assert not torch.equal(images, other)
 
 
 # --- Loss -----------------------------------------------------------------------------------------
@@ -87,36 +74,16 @@ def test_reconstruction_is_zero_for_the_true_picture_and_saturated_pixels_count_
     assert autoencoder.reconstruction_loss(images, images) == 0
 
     # A grey picture that is 0.2 too bright everywhere: 0.2 and twice its square, and twice that
-    # square from either coarser picture. A red one: seven times the first part.
+    # square from either coarser picture. A red one, also if it is decoded as grey: seven times the
+    # first part.
     grey = torch.zeros(1, 3, 32, 32)
     loss = autoencoder.reconstruction_loss(grey + 0.2, grey)
     assert loss.item() == pytest.approx(0.2 + 6 * 0.04, rel=1e-5)
     red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
     loss = autoencoder.reconstruction_loss(red + 0.2, red)
     assert loss.item() == pytest.approx(7 * (0.2 + 2 * 0.04) + 4 * 0.04, rel=1e-5)
-
-
-def test_the_semantic_term_is_zero_for_a_head_that_knows_all():
-    _, cells = autoencoder.make_batch(0, 5, (64, 96), 3)
-    cells = cells.flatten(0, 1)
-    has_centre = cells[:, 0] >= 0
-    shape = torch.zeros(len(cells), len(SHAPES))
-    color = torch.zeros(len(cells), len(COLORS))
-    shape[has_centre, cells[has_centre, 0].long()] = 50.0
-    color[has_centre, cells[has_centre, 1].long()] = 50.0
-    here = torch.where(has_centre, 50.0, -50.0)[:, None]
-    answer = torch.cat([here, cells[:, 2:], shape, color], dim=1)
-
-    def wise(tokens):
-        return answer
-
-    def ignorant(tokens):
-        return torch.zeros_like(answer)
-
-    assert autoencoder.semantic_loss(wise, None, cells) < 1e-6
-    offset = cells[has_centre, 2:].abs().mean()
-    expected = np.log(2) + offset + np.log(len(SHAPES)) + np.log(len(COLORS))
-    assert torch.allclose(autoencoder.semantic_loss(ignorant, None, cells), expected.float())
+    loss = autoencoder.reconstruction_loss(grey, red)          # each number is off by 1
+    assert loss.item() == pytest.approx(7 * (1 + 2) + 4, rel=1e-5)
 
 
 @torch.no_grad()
@@ -151,7 +118,7 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(tmp_path, monkeypatch,
     losses = [row["loss"] for row in log[:12]]
     assert [row["step"] for row in log] == [*range(1, 13), 12]
     assert np.mean(losses[8:]) < np.mean(losses[:3])
-    assert set(log[-1]["probe"]) == {"shape", "colour", "place"}
+    assert set(log[-1]["probe"]) == {"shape", "colour", "pose"}
     assert (whole / "vae" / "curves.svg").exists()
     assert (whole / "vae" / "preview.png").exists()
 

@@ -14,6 +14,7 @@ from kit.files import LensError, open_safetensors, read_json, write_safetensors
 from kit.images import from_pil
 from kit.run import Run
 from toy import dataset
+from toy import labels as toy_labels
 from toy.world import COLORS, SHAPES, draw, random_scene
 
 
@@ -77,7 +78,7 @@ def test_labels_say_what_is_painted_in_each_cell(i):
     h, w = height // 16, width // 16
     scene = random_scene(np.random.default_rng(i), height, width)
     shares = np.stack([shares_of_cells(obj, scene, height, width) for obj in scene.objects])
-    labels = dataset.labels(scene, height, width)
+    labels = toy_labels.labels(scene, height, width)
     assert labels.dtype == np.float32
     assert labels[:, 0].any()
 
@@ -103,24 +104,24 @@ def test_labels_say_what_is_painted_in_each_cell(i):
 
 
 def test_the_loss_of_labels_is_what_ignorance_costs_and_zero_for_who_knows():
-    shapes, colors, _ = dataset.label_sizes()
+    shapes, colors, _ = toy_labels.label_sizes()
     img = torch.randn(2, 6, 32)
     labels = torch.zeros(2, 6, 6)
     labels[..., 0] = torch.arange(6)               # the first token has no object
     labels[..., 2:] = 0.5
 
     # The pose costs 4 times 0.5 where there is an object: at 5 tokens of 6.
-    ignorant = dataset.label_head(32)
+    ignorant = toy_labels.label_head(32)
     expected = np.log(shapes) + np.log(colors) + 2 * 5 / 6
     expected = torch.full((2,), expected)
-    assert torch.allclose(dataset.label_loss(ignorant, img, labels), expected)
+    assert torch.allclose(toy_labels.label_loss(ignorant, img, labels), expected)
 
     def wise(img):
         shape = 50.0 * F.one_hot(labels[..., 0].long(), shapes)
         color = 50.0 * F.one_hot(labels[..., 1].long(), colors)
         return torch.cat([shape, color, labels[..., 2:]], dim=-1)
 
-    assert dataset.label_loss(wise, img, labels).max() < 1e-6
+    assert toy_labels.label_loss(wise, img, labels).max() < 1e-6
 
 
 def test_some_captions_of_a_relation_state_the_relation_alone():
@@ -181,7 +182,7 @@ def test_the_kept_world_is_what_the_frozen_models_say(world, models):
         mean, _ = vae.encode(from_pil([draw(scene, *size)]))
     expected = vae.to_tokens(mean).bfloat16().float()
     assert torch.allclose(batch.tokens, expected, atol=0.02)
-    assert torch.equal(batch.labels[0], torch.from_numpy(dataset.labels(scene, *size)))
+    assert torch.equal(batch.labels[0], torch.from_numpy(toy_labels.labels(scene, *size)))
     assert batch.mask.all()
     assert len(batch.text) == len(features)
     for kept, layer in zip(batch.text, features):
@@ -224,7 +225,7 @@ def encode_whole(stage, seed, vae, encoder):
                 means = [vae.encode(few)[0] for few in images.split(4)]
                 world.setdefault(size, []).append((
                     vae.to_tokens(torch.cat(means)).bfloat16(),
-                    torch.from_numpy(np.stack([dataset.labels(s, *size) for s in scenes])),
+                    torch.from_numpy(np.stack([toy_labels.labels(s, *size) for s in scenes])),
                     torch.cat(text), torch.tensor([len(rows) for rows in text])))
     parts = {size: [torch.cat(column) for column in zip(*chunks)] for size, chunks in world.items()}
     return parts, sorted(words)

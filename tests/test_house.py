@@ -59,6 +59,7 @@ ORDER = [
     "reason",
     "toy.world",
     "toy.checker",
+    "toy.labels",
     "toy.language",
     "toy.autoencoder",
     "toy.dataset",

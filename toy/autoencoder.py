@@ -1,6 +1,6 @@
 """Training of the toy's autoencoder, on scenes drawn as it goes.
 
-Read before: vae.py; of toy/world.py the first screen, for what a scene is.
+Read before: vae.py, toy/labels.py; of toy/world.py the first screen, for what a scene is.
 
     python -m toy.autoencoder --out runs/toy --minutes 24
     python -m toy.autoencoder --out runs/plain --minutes 24 --semantic 0
@@ -10,9 +10,10 @@ same command again resumes. The second command trains without the semantic term,
 
 The story in one paragraph: the loss is reconstruction, a little KL and a little meaning. The KL
 term keeps latents close together, so that what a denoiser gets almost right decodes to something
-right. The semantic term asks one Linear to read off each token which object has its centre there;
-it makes tokens in which a scene's facts lie open. At the end the tokens' mean and variance are
-measured once, and a fresh Linear on held-out scenes says how much can be read off them (the probe).
+right. The semantic term asks one Linear to read off each token which object covers it, and how
+that lies; it makes tokens in which a scene's facts lie open. At the end the tokens' mean and
+variance are measured once, and a fresh Linear on held-out scenes says how much can be read off them
+(the probe).
 
 Where this departs: everything here is [ours]. The paper takes FLUX.2's weights, whose own recipe is
 not published. The Linear of the semantic term is thrown away after training.
@@ -43,7 +44,8 @@ from kit.places import command_for_next_part
 from kit.run import Log, Notice, average_decay, follow, make_loader, race, start_run
 from kit.state import load_state, save_state
 from lens import SIZES
-from toy.world import COLORS, SHAPES, draw, random_scene
+from toy.labels import label_head, label_loss, labels, read_labels
+from toy.world import draw, random_scene
 from vae import Attention, LensVAE, ResBlock
 
 LR = 1e-3                     # peak, of AdamW at batch 8: at 2e-3 it learnt a little worse
@@ -94,7 +96,7 @@ def make_batch(seed, index, size=None, count=None):
     """One batch of one bucket, a function of its arguments alone: a resumed run draws what it would
     have drawn. size (height, width) and count: None to draw them too.
 
-    -> images uint8 [B, H, W, 3], cells fp32 [B, h*w, 4] as `cells_of` makes them
+    -> images uint8 [B, H, W, 3], covering fp32 [B, h*w, 6] as toy.labels.labels tells it
     """
     if size is None:
         # Mostly the small area: it holds the same shapes for less work.
@@ -105,30 +107,13 @@ def make_batch(seed, index, size=None, count=None):
         count = {64: 8, 96: 4, 128: 2}[area]
 
     H, W = size
-    images, cells = [], []
+    images, covering = [], []
     for i in range(count):
         rng = np.random.default_rng((seed, index, i))
         scene = random_scene(rng, H, W)
         images.append(np.asarray(draw(scene, H, W)))
-        cells.append(cells_of(scene, H // 16, W // 16))
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(cells))
-
-
-def cells_of(scene, h, w):
-    """Which object has its centre in each of h x w cells, [h*w, 4] fp32: its shape and colour, as
-    numbers of SHAPES and COLORS, and where in the cell the centre is (column, row in [0, 1]). All
-    four are -1 where there is no centre."""
-    cells = np.full((h, w, 4), -1, np.float32)
-    colors = list(COLORS)
-    for obj in scene.objects:                      # of two in one cell the later is drawn on top
-        x = min(max(obj.x * w, 0), w - 1e-3)
-        y = min(max(obj.y * h, 0), h - 1e-3)
-        cell = cells[int(y), int(x)]               # a view: what is put in stands in cells
-        cell[0] = SHAPES.index(obj.shape)
-        cell[1] = colors.index(obj.color)
-        cell[2] = x % 1
-        cell[3] = y % 1
-    return cells.reshape(h * w, 4)
+        covering.append(labels(scene, H, W))
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(covering))
 
 
 class Batches(Dataset):
@@ -181,11 +166,10 @@ def reconstruction_loss(decoded, images):
     L1 alone is content with soft edges, because an edge is few pixels: the differences make it pay
     there. The squares fix the colours of whole objects early. Saturated pixels and their rims count
     seven times: without that the noise of the background, nine pixels in ten, is learnt before the
-    shape of anything. Saturated is what is so in the *decoded* picture: so the shipped weights were
-    trained; the true picture was meant, and has not been tried.
+    shape of anything.
     """
     off = decoded - images                                            # [B, 3, H, W]
-    chroma = decoded.amax(1, keepdim=True) - decoded.amin(1, keepdim=True)
+    chroma = images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
     saturated = (chroma > 0.4).float()                                # [B, 1, H, W]
     weight = 1 + 6 * F.max_pool2d(saturated, 5, stride=1, padding=2)
 
@@ -206,39 +190,11 @@ def kl_loss(mean, logvar):
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
-def semantic_head(vae):
-    """The Linear that `read_tokens` reads with."""
-    return nn.Linear(4 * vae.config["latent_channels"], 1 + 2 + len(SHAPES) + len(COLORS))
-
-
-def read_tokens(head, tokens):
-    """What a head says of tokens [N, 4c]: logit of a centre here [N], where it is (column, row)
-    [N, 2], logits of its shape [N, shapes] and of its colour [N, colours]."""
-    here, offset, shape, color = head(tokens).split([1, 2, len(SHAPES), len(COLORS)], dim=1)
-    return here[:, 0], offset, shape, color
-
-
-def semantic_loss(head, tokens, cells):
-    """Is a centre here, where, which shape, which colour: tokens [N, 4c], cells [N, 4] -> a number.
-    The last three count at the cells that have a centre."""
-    here, offset, shape, color = read_tokens(head, tokens)
-    true_shape = cells[:, 0].long()
-    true_color = cells[:, 1].long()
-    true_offset = cells[:, 2:]
-    has_centre = true_shape >= 0
-
-    loss = F.binary_cross_entropy_with_logits(here, has_centre.float())
-    loss = loss + (offset[has_centre] - true_offset[has_centre]).abs().mean()
-    loss = loss + F.cross_entropy(shape[has_centre], true_shape[has_centre])
-    loss = loss + F.cross_entropy(color[has_centre], true_color[has_centre])
-    return loss
-
-
-def losses(vae, head, pixels, cells, noise, semantic, kl):
+def losses(vae, head, pixels, covering, noise, semantic, kl):
     """A batch's loss and its terms: (total, {"reconstruction", "kl", "semantic"}). A semantic term
     of weight 0 is left out.
 
-    pixels  uint8 [B, H, W, 3]        cells  [B, h*w, 4]
+    pixels  uint8 [B, H, W, 3]        covering  [B, h*w, 6]
     noise   [B, c, H/8, W/8], of the latent that is drawn from the posterior
     """
     images = to_images(pixels, noise.device)                          # [B, 3, H, W]
@@ -251,9 +207,7 @@ def losses(vae, head, pixels, cells, noise, semantic, kl):
     total = terms["reconstruction"] + kl * terms["kl"]
     if semantic > 0:
         tokens = F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)   # [B, h*w, 4c], as to_tokens
-        tokens = tokens.flatten(0, 1)                                 # [B * h*w, 4c]
-        cells = cells.to(z.device).flatten(0, 1)                      # [B * h*w, 4]
-        terms["semantic"] = semantic_loss(head, tokens, cells)
+        terms["semantic"] = label_loss(head, tokens, covering.to(z.device)).mean()
         total = total + semantic * terms["semantic"]
     return total, terms
 
@@ -283,53 +237,45 @@ def set_statistics(vae, seed, batches, device):
 
 @torch.no_grad()
 def encode_scenes(vae, seed, count, device):
-    """Tokens [N, 4c] and cells [N, 4] of at least `count` scenes of the small area, in whole
-    batches of 50, its sizes in turn."""
+    """Tokens [N, 4c] and what covers them [N, 6], of at least `count` scenes of the small area, in
+    whole batches of 50, its sizes in turn."""
     sizes = data.buckets(64)
-    tokens, cells = [], []
+    tokens, covering = [], []
     for i in tqdm(range(math.ceil(count / 50)), "probe: scenes", unit="batch", leave=False):
-        pixels, batch_cells = make_batch(seed, i, sizes[i % len(sizes)], 50)
+        pixels, batch_covering = make_batch(seed, i, sizes[i % len(sizes)], 50)
         mean, _ = vae.encode(to_images(pixels, device))
         tokens.append(vae.to_tokens(mean).flatten(0, 1))
-        cells.append(batch_cells.to(device).flatten(0, 1))
-    return torch.cat(tokens), torch.cat(cells)
+        covering.append(batch_covering.to(device).flatten(0, 1))
+    return torch.cat(tokens), torch.cat(covering)
 
 
 def probe(vae, device, train_scenes=2000, test_scenes=500):
     """How much of a scene one Linear reads off frozen tokens, on scenes that it was not fitted on.
 
-    -> {"shape", "colour": accuracy at the cells with a centre, "place": balanced accuracy, the mean
-    over cells with and without a centre (guessing gives 0.5)}
+    -> {"shape", "colour": accuracy at the tokens that an object covers, "pose": mean error there of
+    an object's place, size (tokens) and angle (radians)}
     """
-    train_tokens, train_cells = encode_scenes(vae, PROBE_TRAIN, train_scenes, device)
-    tokens, cells = encode_scenes(vae, PROBE_TEST, test_scenes, device)
+    train_tokens, train_covering = encode_scenes(vae, PROBE_TRAIN, train_scenes, device)
+    tokens, covering = encode_scenes(vae, PROBE_TEST, test_scenes, device)
 
-    head = semantic_head(vae).to(device)
+    head = label_head(tokens.shape[-1]).to(device)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
     for _ in tqdm(range(300), "probe: the Linear", unit="step", leave=False):
-        # All cells at once: this takes seconds.
+        # All tokens at once: this takes seconds.
         optimizer.zero_grad()
-        semantic_loss(head, train_tokens, train_cells).backward()
+        label_loss(head, train_tokens[None], train_covering[None]).backward()
         optimizer.step()
 
+    covered = covering[:, 0] > 0
     with torch.no_grad():
-        train_here, *_ = read_tokens(head, train_tokens)
-        here, _, shape, color = read_tokens(head, tokens)
-
-    # A Linear trained on rare centres says "none" too readily: its threshold is put where it names
-    # the right share of the training cells.
-    share = (train_cells[:, 0] >= 0).float().mean()
-    found = here > torch.quantile(train_here, 1 - share)
+        shape, color, pose = read_labels(head, tokens[covered])
+    true_shape, true_color = covering[covered, 0].long(), covering[covered, 1].long()
 
     def accuracy(said, true):
-        return round((said == true).float().mean().item(), 4)
+        return round((said.argmax(1) == true).float().mean().item(), 4)
 
-    has_centre = cells[:, 0] >= 0
-    hits = accuracy(found[has_centre], True)
-    rejections = accuracy(found[~has_centre], False)
-    return {"shape": accuracy(shape[has_centre].argmax(1), cells[has_centre, 0].long()),
-            "colour": accuracy(color[has_centre].argmax(1), cells[has_centre, 1].long()),
-            "place": round((hits + rejections) / 2, 4)}
+    return {"shape": accuracy(shape, true_shape), "colour": accuracy(color, true_color),
+            "pose": round((pose - covering[covered, 2:]).abs().mean().item(), 4)}
 
 
 @torch.no_grad()
@@ -390,7 +336,7 @@ class Learner:
         layout = torch.channels_last if on_gpu else torch.contiguous_format
         vae = initialise(LensVAE(SIZES[settings.size].vae))
         self.vae = vae.to(run.device, memory_format=layout)
-        self.head = semantic_head(self.vae).to(run.device)
+        self.head = label_head(4 * self.vae.config["latent_channels"]).to(run.device)
         self.ema = copy.deepcopy(self.vae).requires_grad_(False)
 
         self.params = list(self.vae.parameters())
@@ -408,13 +354,13 @@ class Learner:
 def train_step(run, settings, learner, batch, step, done):
     """One step, number `step` of the run, of which the share `done` is behind us. -> {name: number}
     for the log."""
-    pixels, cells = batch                                             # [B, H, W, 3], [B, h*w, 4]
+    pixels, covering = batch                                          # [B, H, W, 3], [B, h*w, 6]
     B, H, W, _ = pixels.shape
     latent_shape = (B, learner.vae.config["latent_channels"], H // 8, W // 8)
     noise = run.move(draw_noise(run.seed, step, latent_shape))
 
     with run.autocast():                                              # the weights stay fp32
-        loss, terms = losses(learner.vae, learner.head, pixels, cells, noise,
+        loss, terms = losses(learner.vae, learner.head, pixels, covering, noise,
                              semantic=settings.semantic, kl=settings.kl)
     learner.optimizer.zero_grad()
     loss.backward()
@@ -499,7 +445,7 @@ def finish(run, settings, ema, progress, report, command):
     preview(ema, run.out / "preview.png", run.device)
     run.say(f"semantic {settings.semantic}: a linear probe on held-out scenes gets "
             f"shape {scores['shape']:.3f}, colour {scores['colour']:.3f}, "
-            f"place {scores['place']:.3f}")
+            f"pose within {scores['pose']:.3f}")
     if settings.size in ("nano", "toy"):           # the sizes of which all parts are made here
         run.say(f"next: {command_for_next_part(run.out.parent, settings.size)}")
 

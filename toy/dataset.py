@@ -1,7 +1,6 @@
-"""The toy world as a source of batches, drawn, captioned and encoded once; and labels of what
-covers each token, with their loss.
+"""The toy world as a source of batches, drawn, captioned and encoded once.
 
-Read before: toy/world.py, vae.py, data.py (Batch and the protocol of sources).
+Read before: toy/world.py, toy/labels.py, vae.py, data.py (Batch and the protocol of sources).
 
 The story in one paragraph: to draw and encode a scene costs as much as a training step, so it is
 done once. Every scene gets CAPTIONS captions, which take turns from epoch to epoch. The frozen
@@ -9,20 +8,16 @@ autoencoder and text encoder turn picture and captions into tokens and features.
 need is drawn and kept in a folder beside the run's own, which every run there takes that has the
 same models and settings.
 
-Where this departs: the paper draws from 800M pictures and encodes them as it trains. The labels are
-[ours]; the thought behind their loss is REPA's (arXiv 2410.06940), with facts in the place of a
-network's features: who knows what is to be drawn, and which part of it here, can draw it.
+Where this departs: the paper draws from 800M pictures and encodes them as it trains.
 """
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -39,75 +34,12 @@ from kit.files import (
 )
 from kit.images import from_pil
 from kit.run import make_loader, usable_cores
-from toy.world import COLORS, SHAPES, caption, coverage, details_for, draw, random_scene
+from toy.labels import labels
+from toy.world import COLORS, SHAPES, caption, details_for, draw, random_scene
 
 CAPTIONS = 2                  # kept for each scene, each stating other details
 BRIEF = 0.25                  # share of "position" captions that state the relation alone [ours]
 CHUNK = 64                    # scenes of one size that are drawn and encoded together
-
-
-# --- Labels: what covers each token ---------------------------------------------------------------
-
-def labels(scene, height, width):
-    """What covers each cell of 16 x 16 pixels, a token of the denoiser: [h*w, 6] fp32.
-
-    It tells of the object that has most of the cell:
-        0, 1   shape and colour, counted from 1 in the order of SHAPES and COLORS
-        2, 3   its centre seen from the cell's (column, row), in cells
-        4      its size, in cells
-        5      its angle, radians
-    All six are 0 where no object has a seventh of the cell.
-    """
-    h, w = height // 16, width // 16
-    row, column = np.mgrid[:h, :w] + 0.5                              # [h, w], centres of cells
-    colors = list(COLORS)
-
-    found = np.zeros((h, w, 6), np.float32)
-    most = np.full((h, w), 1 / 7, np.float32)                         # the largest share so far
-    for obj in scene.objects:
-        share = coverage(obj, height, width).reshape(h, 16, w, 16).mean((1, 3))
-        about = np.zeros((h, w, 6))
-        about[..., 0] = SHAPES.index(obj.shape) + 1
-        about[..., 1] = colors.index(obj.color) + 1
-        about[..., 2] = obj.x * w - column
-        about[..., 3] = obj.y * h - row
-        about[..., 4] = obj.size * math.sqrt(h * w)
-        about[..., 5] = obj.angle
-
-        larger = share > most
-        found[larger] = about[larger]
-        most = np.maximum(most, share)
-    return found.reshape(h * w, 6)
-
-
-def label_sizes():
-    """How wide the parts of a head's output are: none or a shape, none or a colour, the pose."""
-    return 1 + len(SHAPES), 1 + len(COLORS), 4
-
-
-def label_head(width):
-    """The Linear that label_loss reads with, all zeros: it knows nothing yet."""
-    head = nn.Linear(width, sum(label_sizes()))
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-def label_loss(head, img, covering):
-    """How badly a Linear reads off a block's image tokens what covers each of them: [B] fp32.
-
-    img [B, N, W]        covering [B, N, 6], as `labels` tells it
-    Cross-entropy of shape and of colour, and where there is an object the L1 of its pose.
-    """
-    img = F.rms_norm(img.float(), img.shape[-1:])
-    shape, color, pose = head(img).float().split(label_sizes(), -1)   # [B, N, classes or 4]
-    true_shape, true_color = covering[..., 0].long(), covering[..., 1].long()
-
-    shape_loss = F.cross_entropy(shape.transpose(1, 2), true_shape, reduction="none")    # [B, N]
-    color_loss = F.cross_entropy(color.transpose(1, 2), true_color, reduction="none")
-    pose_loss = (pose - covering[..., 2:]).abs().sum(-1)
-    pose_loss = torch.where(true_shape > 0, pose_loss, 0.0)
-    return (shape_loss + color_loss + pose_loss).mean(1)
 
 
 # --- Scenes, captioned and encoded ----------------------------------------------------------------
