@@ -905,8 +905,8 @@ def training_command(pattern, size, weights):
                 "pictures)")
     name = quoted(os.path.relpath(places.vae) if os.path.exists(places.vae) else places.vae)
     command = (f"python train.py --data {quoted(pattern)} --size {size} --stage 2 "
-               f"--parts {name} --init {name} --out runs/mine")
-    return command if size == "toy" else command + " --lora 16"
+               f"--parts {name} --init {name} --lora 16 --out runs/mine")
+    return command + " --steps 300" if size == "toy" else command
 
 
 def cached_key(path):

@@ -36,6 +36,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,7 @@ import lens
 import sample
 from kit.checkpoint import load_pipeline, load_transformer, save_pipeline, unsharded
 from kit.files import (
+    LensError,
     Parser,
     not_negative,
     open_safetensors,
@@ -61,6 +63,7 @@ from kit.files import (
 from kit.fp8 import e4m3
 from kit.images import contact_sheet
 from kit.lora import add_lora, save_lora, write_for_comfyui
+from kit.muon import Muon
 from kit.places import (
     Places,
     add_part_flags,
@@ -453,63 +456,11 @@ def flops(model, tokens, length):
     return total
 
 
-class Muon(torch.optim.Muon):
-    """PyTorch's Muon with a faster step: matrices of one shape are made orthogonal together.
-
-    The toy has 50 small matrices, of four shapes. One after another each waits for two cores to
-    meet some thirty times: that took a sixth of a training step, and takes a fifteenth in batches.
-    """
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            alike = {}                             # {shape: [parameter]}
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike.setdefault(p.shape, []).append(p)
-            for params in alike.values():
-                self.step_together(params, group)
-
-    def step_together(self, params, group):
-        """Steps matrices of one shape [n, k]. group: the settings, as torch.optim.Muon has them."""
-        moments = []
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-            moments.append(self.state[p]["momentum_buffer"])
-        grads = [p.grad for p in params]
-        rate = 1 - group["momentum"]
-        torch._foreach_lerp_(moments, grads, rate)
-        ahead = torch._foreach_lerp(grads, moments, group["momentum"])     # Nesterov's
-        changes = orthogonal(torch.stack(ahead), group["ns_coefficients"], group["ns_steps"])
-
-        # Scaled to be as long as AdamW's step would be: "match_rms_adamw".
-        lr = group["lr"] * 0.2 * math.sqrt(max(params[0].shape))
-        torch._foreach_add_(params, list(changes.unbind()), alpha=-lr)
-
-
-def orthogonal(matrices, coefficients, steps):
-    """The nearest orthogonal matrices, about: [B, n, k] -> [B, n, k] bf16, all singular values near
-    1. Newton-Schulz iterations of fifth order, whose coefficients are Muon's. [Muon]"""
-    a, b, c = coefficients
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)          # no singular value above 1
-    for _ in range(steps):
-        gram = x @ x.mT                                               # [B, n, n]
-        update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, update, x, beta=a)
-    return x.mT if tall else x
-
-
 def make_optimizers(model, stage):
     """[AdamW], or [AdamW, Muon] where the stage has a rate for it.
 
     AdamW has everything [paper]; Muon takes the matrices of attention and MLPs [ours], not those of
-    the modulation, which meet one row a picture. It makes each step's change of a matrix
-    orthogonal, so that rare directions (a shape's corners) move as fast as common ones (the
-    background): a lower loss after the same time, though a step costs 13% more.
+    the modulation, which meet one row a picture. See kit/muon.py.
 
     No weight decay: it would mostly change the scale of the weights, and the norms that follow (on
     q, on k, on every block's input) take that out again.
@@ -526,9 +477,7 @@ def make_optimizers(model, stage):
     optimizers = [torch.optim.AdamW(others, lr=stage.lr, betas=stage.betas, weight_decay=0.0,
                                     fused=True)]
     if matrices:
-        # Its steps are scaled to be as long as AdamW's would be: the two rates are of one kind.
-        optimizers.append(Muon(matrices, lr=stage.muon_lr, weight_decay=0.0,
-                               adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, lr=stage.muon_lr))
     return optimizers
 
 
@@ -727,8 +676,9 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     count = sum(p.numel() for name, p in denoiser.named_parameters()
                 if not name.endswith(".scale"))    # a PackedLinear's, no weights of the model
     frozen = f", frozen ones in {base_dtype}," if lora else ""
-    run.say(f"{size}: {count:,} parameters{frozen} on {run.ranks} x {run.device}; autoencoder and "
-            f"text encoder from {inputs.parts}\n{why}")
+    made_by = "latents and prompt features by" if inputs.vae is None else "parts from"
+    run.say(f"{size}: {count:,} parameters{frozen} on {run.ranks} x {run.device}; "
+            f"{made_by} {inputs.parts}\n{why}")
     if pattern is not None and schedule.eval_every:
         run.say("note: --eval-every scores the six tasks of the toy world, not the pictures of "
                 "--data; these are seen in the previews, which show captions of them")
@@ -855,8 +805,10 @@ def train_stage(run, stage, source, learner, progress, output, log, notice, accu
     first_epoch = plan(0)                          # every epoch has as many batches
     epoch_length = -(-len(first_epoch) // per_step)
     smaller = sum(len(planned.samples) < pictures[planned.bucket] for planned in first_epoch)
-    run.say(f"an epoch is {epoch_length} steps of {per_step} device batches; {smaller} batches are "
-            "smaller: what was left over in their buckets")
+    run.say(f"an epoch is {in_number(epoch_length, 'step')} of "
+            f"{in_number(per_step, 'device batch', 'device batches')}; in {smaller} of "
+            f"{in_number(len(first_epoch), 'batch', 'batches')} there are fewer pictures: what was "
+            "left over in their buckets")
 
     def steps_after(step):
         """What is left after so many steps of the epoch that they end in, or the next one: a list
@@ -934,6 +886,11 @@ def rate_factor(stage, step):
     if stage.decay:
         return learning_rate_factor(step, stage.steps, warmup=100)
     return min(1.0, (step + 1) / 1000)
+
+
+def in_number(count, one, many=None):
+    """"1 step", "2 steps": `many` where the plural is not formed by an s."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def size_name(size):
@@ -1085,6 +1042,17 @@ def pictures_by_area(text):
     return numbers
 
 
+def check_both_parts(out):
+    """LensError where --out has one of the two parts alone: weights/toy's would be taken, in
+    silence, in the place of the one that was just trained."""
+    made_by = {"vae": "python -m toy.autoencoder", "text_encoder": "python -m toy.language"}
+    there = [part for part in made_by if (Path(out) / part / "config.json").exists()]
+    if len(there) == 1:
+        missing, = set(made_by) - set(there)
+        raise LensError(f"{out} has {there[0]}/ and no {missing}/: make it with "
+                        f"`{made_by[missing]} --out {out}`, or name both parts with --parts")
+
+
 def usual_base_dtype(size, lora, fsdp=False):
     """What of BASE_DTYPES a run has where nothing is asked for."""
     if lora and not fsdp and size not in TOY_SIZES:
@@ -1179,6 +1147,8 @@ def main(argv=None):
     require(base_dtype != "fp8" or run.ranks == 1, "--base-dtype fp8 is for one process")
     require(run.ranks > 1 or not args.fsdp, "--fsdp shares weights among processes: start it with "
             "torchrun --nproc-per-node N train.py ...")
+    if not args.parts and not args.init:
+        check_both_parts(args.out)
     parts = args.parts or (args.out if has_parts(args.out) else None)
     if parts or args.vae or args.text_encoder:
         parts = gather(parts or sample.TOY, args.vae, args.text_encoder)

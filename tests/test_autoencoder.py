@@ -138,7 +138,7 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(tmp_path, monkeypatch,
     assert untimed_rows(whole / "vae") == untimed_rows(halves / "vae")
 
 
-def test_what_is_saved_loads_with_its_story(tmp_path):
+def test_what_is_saved_loads_with_its_story(tmp_path, capsys):
     autoencoder.main(["--out", str(tmp_path), *NANO, "--steps", "2"])
     stored = weights(tmp_path)
     model = load_vae(tmp_path, "cpu", torch.float32)
@@ -149,9 +149,12 @@ def test_what_is_saved_loads_with_its_story(tmp_path):
     assert {"command", "seed", "steps", "minutes", "semantic", "probe"} <= set(notes)
     assert notes["command"].startswith("python -m toy.autoencoder --out ")
 
-    # A finished run that is started again trains nothing, and comes to the same end.
+    # A finished run that is started again is left as it is.
+    log = rows(tmp_path / "vae")
     autoencoder.main(["--out", str(tmp_path), *NANO, "--steps", "2"])
+    assert "was finished at step 2" in capsys.readouterr().out
     assert same_weights(weights(tmp_path), stored)
+    assert rows(tmp_path / "vae") == log
 
 
 def test_a_run_without_the_semantic_term_resumes_too(tmp_path):

@@ -44,6 +44,7 @@ ORDER = [
     "kit.run",
     "kit.state",
     "kit.fp8",
+    "kit.muon",
     "kit.lora",
     "kit.shrink",
     "kit.players",

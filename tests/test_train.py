@@ -13,7 +13,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, STEADY_SCRIPT, error_line, random_model, rows
 from shards import LOOSE, make_shards, photo
 from torch import nn
@@ -28,6 +27,7 @@ import train
 from kit.checkpoint import load_transformer, save_pipeline
 from kit.files import LensError, open_safetensors
 from kit.lora import add_lora, merge_lora
+from kit.muon import Muon
 from kit.places import WEIGHT_NAMES, read_metadata
 from kit.run import Run, compile_blocks
 from kit.state import kept_progress, newest_state
@@ -343,43 +343,10 @@ def test_a_steps_batches_are_dealt_each_to_one_rank(ranks):
         assert along == [group[0]] * (-count % ranks)
 
 
-def test_muon_in_batches_is_pytorchs_muon():
-    """Four matrices of two shapes, one of them tall, over five steps: bf16 rounds products of
-    batches otherwise."""
-    torch.manual_seed(0)
-    how = dict(lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    theirs = [nn.Parameter(torch.randn(48, 16)) for _ in range(2)]
-    theirs += [nn.Parameter(torch.randn(16, 40)) for _ in range(2)]
-    ours = [nn.Parameter(p.detach().clone()) for p in theirs]
-    optimizers = torch.optim.Muon(theirs, **how), train.Muon(ours, **how)
-    for _ in range(5):
-        for a, b in zip(theirs, ours):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    for a, b in zip(theirs, ours):
-        assert torch.allclose(a, b, atol=1e-3)     # the steps are 0.01 long, each number of them
-        state = [optimizer.state[p] for optimizer, p in zip(optimizers, (a, b))]
-        assert torch.equal(*(own["momentum_buffer"] for own in state))
-
-
-def test_a_matrix_made_orthogonal_has_singular_values_near_one():
-    matrices = torch.randn(3, 32, 12)
-    made = train.orthogonal(matrices, (3.4445, -4.7750, 2.0315), 5).float()
-    assert made.shape == matrices.shape
-    values = torch.linalg.svdvals(made)
-    assert 0.6 < values.min() and values.max() < 1.3
-    # Its directions are those of the matrix: U V^T of the decomposition U S V^T.
-    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    likeness = F.cosine_similarity(made.flatten(1), (u @ v).flatten(1))
-    assert likeness.min() > 0.97
-
-
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():
     model = let_learn(lens.build("nano"))
     optimizers = train.make_optimizers(model, train.STAGES["nano", 1])
-    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.AdamW, train.Muon]
+    assert [type(optimizer) for optimizer in optimizers] == [torch.optim.AdamW, Muon]
     of_adamw, of_muon = (parameters_of(optimizer) for optimizer in optimizers)
 
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -848,3 +815,13 @@ def test_weights_of_another_size_are_no_start(parts, tmp_path, capsys):
     toy = str(ROOT / "weights" / "toy")
     flags = nano_flags(parts, tmp_path, "--init", toy)
     assert "its weights are not of size nano" in error_line(train.main, flags, capsys)
+
+
+@pytest.mark.parametrize("there, missing", [
+    ("text_encoder", "python -m toy.autoencoder --out"), ("vae", "python -m toy.language --out")])
+def test_half_of_the_parts_in_out_is_an_error(there, missing, tmp_path, capsys):
+    """Else the shipped ones would be taken in silence, not the one that was just trained."""
+    (tmp_path / there).mkdir()
+    (tmp_path / there / "config.json").write_text("{}")
+    said = error_line(train.main, ["--out", str(tmp_path), "--size", "nano"], capsys)
+    assert f"{missing} {tmp_path}" in said
