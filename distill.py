@@ -74,6 +74,7 @@ from kit.run import (
     Notice,
     average_decay,
     choose,
+    code_version,
     compile_blocks,
     due,
     follow,
@@ -626,6 +627,7 @@ def write_student(run, model, lora, progress, output):
     base. sample.py --weights reads either."""
     notes = {
         "command": shlex.join(["python", "distill.py", *sys.argv[1:]]),
+        "commit": code_version(),
         "seed": run.seed,
         "trained_steps": progress.step,
         "trained_seconds": round(progress.seconds),

@@ -86,6 +86,7 @@ from kit.run import (
     Notice,
     average_decay,
     choose,
+    code_version,
     compile_blocks,
     due,
     follow,
@@ -666,6 +667,7 @@ def save(run, policies, progress, init, same_run):
     if run.rank == 0:
         save_lora(policies.model, run.out, "ema", {
             "command": shlex.join(["python", "rl.py", *sys.argv[1:]]),
+            "commit": code_version(),
             "seed": run.seed,
             "trained_steps": progress.step,
             "trained_seconds": round(progress.seconds),

@@ -80,6 +80,7 @@ from kit.run import (
     Notice,
     average_decay,
     choose,
+    code_version,
     compile_blocks,
     due,
     follow,
@@ -693,6 +694,10 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
             progress.stage, progress.step, progress.data = number, 0, None
         stage = replace(stage, steps=steps or stage.steps)
         if progress.step < stage.steps:
+            notices = torch.full((1,), float(notice.given), device=run.device)
+            if progress.total and run.sum_over_ranks(notices).item():
+                run.say_stopped(progress.total)    # it came while the stage before ended
+                return
             with rank_zero_first(run):
                 source = open_source(run, stage, inputs, pattern, workers)
             if pattern is not None and not output.shown:
@@ -974,6 +979,7 @@ def save(run, stage, learner, progress, output, words):
     if run.rank == 0:
         notes = {
             "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
+            "commit": code_version(),
             "seed": run.seed,
             "trained_steps": progress.total,
             "trained_seconds": round(progress.seconds),

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -494,6 +495,17 @@ def why_not_compiled(device):
 def due(every, step, steps):
     """Whether something is due that comes every so many steps and at the end; 0: never."""
     return every > 0 and (step % every == 0 or step == steps)
+
+
+@functools.cache
+def code_version():
+    """The commit of the code that runs, for notes: 12 digits, with "-dirty" where a file that git
+    knows was changed since; "" where this is no checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True,
+                              timeout=20, check=True).stdout.strip()
+    return ""
 
 
 def in_words(scores):

@@ -42,7 +42,16 @@ from kit.files import Parser, positive, require, run_command, seed_number, user_
 from kit.images import contact_sheet, save_png, to_images, to_pil
 from kit.muon import Muon
 from kit.places import WEIGHT_NAMES, command_for_next_part
-from kit.run import Log, Notice, average_decay, follow, make_loader, race, start_run
+from kit.run import (
+    Log,
+    Notice,
+    average_decay,
+    code_version,
+    follow,
+    make_loader,
+    race,
+    start_run,
+)
 from kit.state import kept_progress, load_state, save_state
 from lens import SIZES
 from toy.labels import label_head, label_loss, labels, read_labels
@@ -453,9 +462,9 @@ def finish(run, settings, ema, progress, report, command):
 
     log = Log(run, progress.step)
     log(step=progress.step, probe=scores)
-    notes = {"command": command, "seed": run.seed, "steps": progress.step,
-             "minutes": round(progress.seconds / 60, 2), "semantic": settings.semantic,
-             "probe": json.dumps(scores)}
+    notes = {"command": command, "commit": code_version(), "seed": run.seed,
+             "steps": progress.step, "minutes": round(progress.seconds / 60, 2),
+             "semantic": settings.semantic, "probe": json.dumps(scores)}
     save_pipeline(run.out.parent, vae=ema, vae_metadata=notes)
     preview(ema, run.out / "preview.png", run.device)
     run.say(f"semantic {settings.semantic}: a linear probe on held-out scenes gets "
