@@ -222,6 +222,19 @@ def test_sigterm_saves_and_ends_well(on_world, tmp_path, steady, monkeypatch, ca
     assert steps_of(tmp_path) == list(range(1, 9))
 
 
+def test_sigterm_while_a_stage_ends_is_not_lost(parts, tmp_path, steady, monkeypatch, capsys):
+    """It comes in the preview after the stage's last step: the next stage must not begin."""
+    def notify(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train, "preview", notify)
+    train_in(tmp_path / "run", ["--size", "nano", "--device", "cpu", "--parts", str(parts),
+                                "--steps", "2", "--preview-every", "2"])
+    assert "stopped at step 2; the same command goes on" in capsys.readouterr().out
+    assert steps_of(tmp_path / "run") == [1, 2]
+    assert newest_state(tmp_path / "run").name == "state-00000002"
+
+
 def test_sigterm_while_scenes_are_drawn_keeps_them_and_the_run_is_the_same_to_the_bit(
         parts, tmp_path, steady, monkeypatch, capsys):
     """Two steps need some of the 96 scenes; a run beside one that has them draws none."""
