@@ -72,6 +72,7 @@ ORDER = [
     "tools.budget",
     "tools.bench",
     "tools.strip",
+    "tools.summary",
     "tools.parity",
 ]
 PACKAGES = {name.split(".")[0] for name in ORDER if "." in name}
@@ -298,6 +299,15 @@ def exercise_commands():
         yield from commands_in(text)
 
 
+def speedrun_commands():
+    """What tools/speedrun.sh runs, in its own words."""
+    script = str(ROOT / "tools" / "speedrun.sh")
+    for words in ([], ["--long"], ["--size", "nano"], ["--size", "nano", "--long"]):
+        printed = subprocess.run(["bash", script, "--dry-run", *words, "runs/my toy"], check=True,
+                                 capture_output=True, text=True)
+        yield from commands_in(printed.stdout)
+
+
 def docstring_commands():
     for module in ORDER:
         docstring = ast.get_docstring(tree_of(file_of(module)))
@@ -374,10 +384,12 @@ def test_every_default_is_named_in_the_help(script, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", sorted({*readme_commands(), *docstring_commands(), *exercise_commands()}),
+    "command", sorted({*readme_commands(), *docstring_commands(), *exercise_commands(),
+                       *speedrun_commands()}),
     ids=" ".join)
 def test_commands_are_understood(command, parse_only, capsys):
-    """Those of README, docstrings and exercises, by the parsers that would read them."""
+    """Those of README, docstrings, exercises and the speedrun, by the parsers that would read
+    them."""
     module, words = module_and_flags(command)
     if module in ("venv", "pytest"):
         return
