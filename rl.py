@@ -24,11 +24,14 @@ different noises, without guidance. A judge answers each rubric of each picture 
 mean is the picture's reward. Compared with the mean of its group, a reward becomes an advantage,
 and that becomes a share r in [0, 1]: how much of this picture is something to move towards, and
 1 - r to move away from. No likelihood is needed and no trajectory is kept: the loss is flow
-matching's own, at noise levels of the sampler, on the model's own pictures.
+matching's own, at noise levels of the sampler, on the model's own pictures. Such learning makes
+velocities longer than the frozen model's, and texture is lost that way: a penalty on what is too
+long holds them.
 
-Where this departs from the paper [ours]: the second-order solver is Adams-Bashforth's, one forward
-a step (the paper does not name its own); the toy takes fewer and smaller groups, fewer steps and a
-smaller rank (`SETTINGS`).
+Where this departs from the paper [ours]: that penalty is of a later paper (`norm_guard`;
+`--norm-guard 0` leaves it out); the second-order solver is Adams-Bashforth's, one forward a step
+(the paper does not name its own); the toy takes fewer and smaller groups, fewer steps and a smaller
+rank (`SETTINGS`).
 """
 import argparse
 import collections
@@ -166,6 +169,32 @@ def nft_loss(v, v_old, v_ref, x_t, x0, t, r, beta=1.0, kl=1e-4, adaptive=True):
     return total / beta + kl * drift, drift
 
 
+def norm_guard(v, v_ref):
+    """By how much v is longer than v_ref, and the ratio of their lengths: each [B]. [NormGuard,
+    arXiv 2606.27771; token by token: ours]
+
+    v      [B, N, C]  velocity of the learning policy
+    v_ref  [B, N, C]  of the model without adapters; it gets no gradient
+
+    The length |v| of a token is the root mean square over its channels. The excess is the mean over
+    tokens of relu(|v| - |v_ref|), so no token that is too short makes up for one that is too long.
+    It is not squared: a small excess is pulled back as firmly as a large one. The ratio is that of
+    the mean lengths of a picture's tokens.
+
+    Reward RL makes v 5 to 15% longer, and that is where texture goes. The length by itself earns no
+    reward, so little is lost by holding it; to rescale v in the sampler afterwards does not help.
+    """
+    length, length_ref = token_lengths(v), token_lengths(v_ref.detach())         # [B, N]
+    excess = (length - length_ref).relu().mean(1)
+    return excess, length.mean(1) / length_ref.mean(1)
+
+
+def token_lengths(v):
+    """[B, N, C] -> [B, N]: each token's root mean square over its channels."""
+    # The root alone has an infinite slope at 0.
+    return (v.square().mean(2) + 1e-12).sqrt()
+
+
 # --- Sampling of second order ---------------------------------------------------------------------
 
 @torch.no_grad()
@@ -213,6 +242,7 @@ class Settings:
     batch: int                # pictures a forward, in sampling and in training
     beta: float = 1.0         # of nft_loss [paper]
     kl: float = 1e-4          # of nft_loss [paper]
+    hinge: float = 0.3        # weight of norm_guard's excess; 0: off [NormGuard, 0.3 is ours]
     decay: float = 0.9        # of the average of adapters that is evaluated and saved [ours]
     betas: tuple = (0.9, 0.999)      # of AdamW [paper]
     eps: float = 1e-8                # of AdamW [paper]
@@ -227,7 +257,7 @@ SETTINGS = {
     "toy": Settings(
         prompts=12, group=12, rank=8, alpha=8.0, lr=3e-3, steps=30,
         sampler_steps=10, times=2, base=128, batch=48),
-    # [paper] but for times and batch
+    # [paper] but for times and batch, and for hinge [NormGuard, ours]
     "full": Settings(
         prompts=48, group=24, rank=64, alpha=128.0, lr=3e-4, steps=180,
         sampler_steps=20, times=4, base=1024, batch=4),
@@ -347,7 +377,7 @@ def noised_batches(tokens, r, settings, rng):
 
 
 def group_loss(run, policies, group, r, total, key):
-    """Adds one group's gradient to `new`. -> (sum of losses, sum of drifts): [2], on the CPU.
+    """Adds one group's gradient to `new`. -> sums of losses, drifts and lengths: [3], on the CPU.
 
     r      [G] optimality of the group's pictures
     total  noised pictures of the whole step, by which losses are divided
@@ -355,7 +385,7 @@ def group_loss(run, policies, group, r, total, key):
     """
     settings = policies.settings
     rng = generator(run.seed, *key, NO_PICTURE)
-    sums = torch.zeros(2)
+    sums = torch.zeros(3)
     # On the CPU, where noise and levels are drawn.
     for batch in noised_batches(group.tokens.cpu(), r, settings, rng):
         x0, noise, t, share = [part.to(run.device) for part in batch]
@@ -368,8 +398,10 @@ def group_loss(run, policies, group, r, total, key):
         v = policies.velocity("new", x_t, t, text, group.grid)        # [B, N, C]
 
         loss, drift = nft_loss(v, v_old, v_ref, x_t, x0, t, share, settings.beta, settings.kl)
+        excess, length = norm_guard(v, v_ref)
+        loss = loss + settings.hinge * excess                         # [B]
         (loss.sum() / total).backward()
-        sums += torch.stack([loss.detach().sum(), drift.detach().sum()]).cpu()
+        sums += torch.stack([loss.sum(), drift.sum(), length.sum()]).detach().cpu()
     return sums
 
 
@@ -419,14 +451,14 @@ def rl_step(run, pipeline, policies, judge, rows, step):
     # The attention that is fastest backwards is not the one that samples fastest: training has its
     # own, then PyTorch chooses again.
     use_attention(run.attention)
-    sums, total = torch.zeros(2), len(rows) * settings.group * settings.times
+    sums, total = torch.zeros(3), len(rows) * settings.group * settings.times
     for p, group in groups.items():
         sums += group_loss(run, policies, group, r[p], total, key=(step, p))
     use_attention()
     grad_norm, eta = policies.learn(run, step)
 
     # Gathered and not reduced: these sums are on the CPU, where NCCL does not reach.
-    loss, drift = (torch.stack(gathered(sums)).sum(0) / total).tolist()
+    loss, drift, length = (torch.stack(gathered(sums)).sum(0) / total).tolist()
     brightness, saturation, diversity = picture_statistics(groups.values())
     return {
         "step": step + 1,
@@ -435,6 +467,7 @@ def rl_step(run, pipeline, policies, judge, rows, step):
         "spread": known_mean(rewards.std(1, correction=0)),          # of rewards within a group
         "rubrics": rubric_shares(answers, rows),
         "drift": drift,                            # |v - v_ref|^2
+        "length": length,                          # |v| / |v_ref|, see norm_guard
         "brightness": brightness,                  # of the pictures, in [0, 1]
         "saturation": saturation,                  # likewise
         "diversity": diversity,                    # RMS distance between a prompt's pictures
@@ -632,7 +665,8 @@ def watch_and_view(run, viewer, progress, row, schedule, bar):
 
 def in_brief(row):
     reward = math.nan if row["reward"] is None else row["reward"]
-    words = f"reward {reward:.3f}, diversity {row['diversity']:.2f}"
+    words = (f"reward {reward:.3f}, diversity {row['diversity']:.2f}, "
+             f"length {row['length']:.3f}")
     if row["judge_failed"]:
         words += f", {row['judge_failed']} judgements failed"
     return words
@@ -743,6 +777,10 @@ def arguments(argv):
     add("--size", default="toy", choices=lens.SIZES, help="of that model (default: %(default)s)")
     add("--steps", type=positive, help="default: what the size says; of a search 8")
     add("--lr", type=float, help="default: what the size says")
+    add("--norm-guard", type=float, metavar="W",
+        help="weight of a penalty on velocities longer than the frozen model's: reward RL "
+        "lengthens them (metrics.jsonl: length), and texture is lost by it; 0: no penalty "
+        "(default: what the size says, 0.3)")
     add("--seed", type=seed_number, default=0, help="default: %(default)s")
     add("--device", help="cpu or cuda (default: CUDA if there is one)")
     add("--dtype", choices=("fp32", "bf16"), help="of the frozen base (default: the faster one)")
@@ -784,6 +822,7 @@ def arguments(argv):
 
     args = parser.parse_args(argv)
     require(set(args.tasks.split(",")) <= set(TASKS), f"--tasks: choose among {', '.join(TASKS)}")
+    require(args.norm_guard is None or args.norm_guard >= 0, "--norm-guard: must be at least 0")
     return args
 
 
@@ -852,7 +891,9 @@ def main(argv=None):
         return
 
     settings = replace(settings, steps=args.steps or settings.steps, lr=args.lr or settings.lr)
-    same |= {"--lr": settings.lr}
+    if args.norm_guard is not None:                # 0 is a weight too
+        settings = replace(settings, hinge=args.norm_guard)
+    same |= {"--lr": settings.lr, "--norm-guard": settings.hinge}
     check_no_other_weights(args.out, adapter=True)
     check_same_run(args.out, same)
     run = start_run(args.out, args.seed, args.device)

@@ -539,7 +539,7 @@ class Log:
 # What curves.svg shows, in this order: names of metrics.jsonl, and what a panel is called.
 SHOWN = {"loss": "loss", "loss_by_t": "loss by quarters of t, data to noise",
          "reward": "reward", "overall": "score", "fidelity": "fidelity", "outline": "outline",
-         "diversity": "diversity",
+         "diversity": "diversity", "length": "length of v over the reference's",
          "label_loss": "loss of the labels", "fake_loss": "loss of the fake score",
          "heads_loss": "loss of the heads", "grad_norm": "gradient norm", "lr": "learning rate"}
 COLORS = ("#124", "#27b", "#2a7", "#d70")          # of a panel's lines

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, STEADY_SCRIPT, error_line, rows, untimed_rows
+from conftest import ROOT, STEADY_SCRIPT, error_line, random_model, rows, untimed_rows
 from safetensors.torch import load_file
 
 import lens
@@ -173,6 +174,123 @@ def test_drift_is_the_distance_from_the_reference():
     far, _ = rl.nft_loss(v_old, v_old, v_old + 3, x_t, x0, t, r, kl=0.1)
     assert torch.allclose(drift, torch.full_like(drift, 9.0))
     assert torch.allclose(far - near, torch.full_like(drift, 0.9))
+
+
+# --- NormGuard: no velocity longer than the reference's -------------------------------------------
+
+def random_velocity(seed, tokens=5):
+    """[2, tokens, 3] in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, tokens, 3, generator=generator, dtype=torch.float64)
+
+
+def test_a_velocity_that_is_too_long_pays_for_its_excess():
+    v_ref = random_velocity(0)
+    length = v_ref.square().mean(2).sqrt()                            # [2, 5]
+    for factor in (1.1, 3.0, -3.0):                                   # a length has no sign
+        excess, ratio = rl.norm_guard(factor * v_ref, v_ref)
+        assert torch.allclose(excess, (abs(factor) - 1) * length.mean(1))
+        assert torch.allclose(ratio, torch.full_like(ratio, abs(factor)))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.9, 0.0, -0.5])
+def test_a_velocity_that_is_not_too_long_is_left_alone(factor):
+    v_ref = random_velocity(1)
+    v = (factor * v_ref).requires_grad_()
+    excess, ratio = rl.norm_guard(v, v_ref)
+    (gradient,) = torch.autograd.grad(excess.sum(), v)
+    assert torch.equal(excess, torch.zeros_like(excess))
+    assert torch.equal(gradient, torch.zeros_like(v))
+    assert torch.allclose(ratio, torch.full_like(ratio, abs(factor)), atol=1e-5)
+
+
+def test_the_guard_shortens_and_does_not_turn():
+    """Its slope is the token's own direction, as steep for a small excess as for a large one."""
+    v_ref = random_velocity(2).requires_grad_()
+    for factor in (1.001, 3.0):
+        v = (factor * v_ref).detach().requires_grad_()
+        excess, _ = rl.norm_guard(v, v_ref)
+        slope, slope_ref = torch.autograd.grad(excess.sum(), (v, v_ref), allow_unused=True)
+        length = v.square().mean(2, keepdim=True).sqrt()
+        assert torch.allclose(slope, v / length / (5 * 3))            # tokens times channels
+        assert slope_ref is None
+
+
+def test_a_short_token_does_not_pay_for_a_long_one():
+    v_ref = torch.ones(1, 2, 4, dtype=torch.float64)
+    v = torch.stack([2.5 * v_ref[:, 0], -0.5 * v_ref[:, 1]], 1)       # lengths 2.5 and 0.5
+    excess, ratio = rl.norm_guard(v, v_ref)
+    assert excess.item() == pytest.approx((1.5 + 0) / 2)
+    assert ratio.item() == pytest.approx((2.5 + 0.5) / 2)
+    # Nor does a short picture for a long one.
+    excess, _ = rl.norm_guard(torch.cat([2 * v_ref, 0 * v_ref]), torch.cat([v_ref, v_ref]))
+    assert excess.tolist() == pytest.approx([1, 0])
+
+
+def test_the_guards_gradient_is_the_limit_of_differences():
+    v, v_ref = random_velocity(3).requires_grad_(), random_velocity(4)
+    long = rl.token_lengths(v) > rl.token_lengths(v_ref)
+    assert long.any() and not long.all()
+    assert torch.autograd.gradcheck(lambda v: rl.norm_guard(v, v_ref), v)
+
+
+def test_no_velocity_at_all_has_a_gradient():
+    for dtype in (torch.float32, torch.float64):
+        v = torch.zeros(1, 2, 3, dtype=dtype, requires_grad=True)
+        excess, ratio = rl.norm_guard(v, torch.zeros_like(v))
+        gradients = torch.autograd.grad(excess.sum() + ratio.sum(), v)
+        assert torch.equal(gradients[0], torch.zeros_like(v))
+
+
+def policies_that_have_learnt(hinge):
+    """rl.Policies of a random nano model, whose `new` and `old` have left the reference."""
+    settings = replace(rl.SETTINGS["nano"], hinge=hinge)
+    policies = rl.Policies(random_model(), settings, seed=0)
+    rng = torch.Generator().manual_seed(5)
+    for p in policies.parameters("new") + policies.parameters("old"):
+        p.data.normal_(std=0.2, generator=rng)
+    return policies
+
+
+def gradient_of(policies):
+    """That of `new`, flat; and it is taken away."""
+    gradient = torch.cat([p.grad.flatten() for p in policies.parameters("new")])
+    policies.optimizer.zero_grad()
+    return gradient
+
+
+def test_the_guard_is_added_to_a_steps_loss_and_weight_0_leaves_it_as_it_was():
+    policies = policies_that_have_learnt(hinge=0.0)
+    guarded = policies_that_have_learnt(hinge=0.3)
+    run, config, rng = Run("unused"), policies.model.config, torch.Generator().manual_seed(6)
+    tokens = torch.randn(4, 6, config.in_channels, generator=rng)
+    text = [torch.randn(1, 3, config.enc_hidden_dim, generator=rng) for _ in range(2)]
+    group, r = rl.Group(tokens, [], text, (2, 3)), torch.tensor([0.9, 0.1, 0.5, 0.6])
+    sums = rl.group_loss(run, policies, group, r, total=8, key=(0, 0))
+    guarded_sums = rl.group_loss(run, guarded, group, r, total=8, key=(0, 0))
+    gradient, guarded_gradient = gradient_of(policies), gradient_of(guarded)
+
+    # The loss without a guard, written out: 4 pictures at 2 levels are one batch.
+    noise_rng = rl.generator(run.seed, 0, 0, rl.NO_PICTURE)
+    ((x0, noise, t, share),) = rl.noised_batches(tokens, r, policies.settings, noise_rng)
+    x_t = lens.add_noise(x0, noise, t)
+    text = [layer.expand(8, -1, -1) for layer in text]
+    with torch.no_grad():
+        v_old = policies.velocity("old", x_t, t, text, (2, 3))
+        v_ref = policies.velocity(None, x_t, t, text, (2, 3))
+    v = policies.velocity("new", x_t, t, text, (2, 3))
+    loss, drift = rl.nft_loss(v, v_old, v_ref, x_t, x0, t, share)
+    (loss.sum() / 8).backward()
+    plain_gradient = gradient_of(policies)
+    assert plain_gradient.abs().max() > 1e-3
+    assert torch.equal(gradient, plain_gradient)
+    assert torch.equal(sums[:2], torch.stack([loss.sum(), drift.sum()]))
+
+    excess, ratio = rl.norm_guard(v.detach(), v_ref)
+    assert excess.min() > 1e-3
+    assert torch.allclose(guarded_sums, sums + 0.3 * torch.stack([excess.sum(), *torch.zeros(2)]))
+    assert sums[2].item() == pytest.approx(ratio.sum().item())
+    assert not torch.allclose(guarded_gradient, gradient, rtol=0.01)
 
 
 # --- The solver -----------------------------------------------------------------------------------
@@ -359,6 +477,8 @@ def test_a_run_learns_from_the_frozen_model(whole):
     assert [row["step"] for row in log] == [1, 2, 3, 4]
     assert log[0]["drift"] == 0
     assert log[-1]["drift"] > 0
+    assert log[0]["length"] == 1
+    assert log[-1]["length"] != 1
     for row in log:
         assert math.isfinite(row["loss"])
         assert 0 <= row["reward"] <= 1
@@ -518,8 +638,10 @@ def test_a_run_whose_judge_stays_silent_saves_and_stops(base, server, tmp_path, 
     write_rows(tmp_path / "prompts.jsonl", 8)
     # One answer when the run asks whether the judge is there, then a good step.
     server.script = [all_yes] * 17 + ["I would rather not."] * 1000
+    # The guard needs no rewards; without it nothing is learnt.
     flagged = flags(base, tmp_path / "run", "--steps", "6", "--save-every", "100",
-                    "--data", str(tmp_path / "prompts.jsonl"), "--endpoint", server.url)
+                    "--data", str(tmp_path / "prompts.jsonl"), "--endpoint", server.url,
+                    "--norm-guard", "0")
     line = error_line(rl.main, flagged, capsys)
     assert "stopped and saved at step 4: most pictures of 3 steps" in line
     assert "'nonsense': 48" in line
@@ -539,6 +661,7 @@ def test_a_run_whose_judge_stays_silent_saves_and_stops(base, server, tmp_path, 
 @pytest.mark.parametrize("more, words", [
     (["--seed", "5"], "--seed 0, not 5"),
     (["--lr", "0.5"], "--lr 0.001, not 0.5"),
+    (["--norm-guard", "0"], "--norm-guard 0.3, not 0.0"),
     (["--pool", "13"], "--pool 12, not 13"),
 ])
 def test_another_run_is_not_resumed(base, whole, more, words, capsys):
@@ -563,6 +686,7 @@ def test_a_folder_with_a_checkpoint_is_refused(base, capsys):
     (["--write-prompts", "out.jsonl"], "--endpoint"),
     (["--init", str(sample.TOY)], "not of size nano"),
     (["--steps", "0"], "at least 1"),
+    (["--norm-guard", "-0.1"], "--norm-guard: must be at least 0"),
     (["--size", "full"], "name prompts with rubrics with --data"),
     (["--size", "enormous"], "--size"),
 ])
