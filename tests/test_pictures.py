@@ -168,6 +168,14 @@ def test_an_epoch_of_exercises_has_every_picture_once():
     assert "developer" not in tokenizer.decode(labels[0][labels[0] != language.NO_LOSS])
 
 
+def test_a_long_caption_is_cut_and_markers_are_left_out():
+    own = [["word " * 2000 + "<|end|>"], ["a <|<|end|>end|>cat"]]
+    ids, labels, _ = language.Sentences(language.own_tokenizer(own), 0, 2, own)[0]
+    assert ids.shape == labels.shape == (2, 512)
+    texts = [language.own_exercise(own, seed=0, number=k)[1] for k in range(2)]
+    assert sorted(text.split("<|end|>")[0] for text in texts)[0] == "a cat"
+
+
 # --- What the autoencoder's report says -----------------------------------------------------------
 
 def test_the_signal_to_noise_ratio_is_the_usual_one():

@@ -495,6 +495,7 @@ def chat_template():
 
 PICTURE_SIZES = data.buckets(96)         # for which the scenes of the exercises are drawn
 NO_LOSS = -100                           # the label of tokens that are given, not learned
+LONGEST = 512                            # tokens of a chat; the denoiser has no more of it read
 
 
 class Sentences(torch.utils.data.Dataset):
@@ -518,8 +519,8 @@ class Sentences(torch.utils.data.Dataset):
         for i in range(self.batch):
             given, learned = self.exercise(step, i)
             given, learned = self.encode(given), self.encode(learned)
-            rows.append(given + learned)
-            labels.append(len(given) * [NO_LOSS] + learned)
+            rows.append((given + learned)[:LONGEST])
+            labels.append((len(given) * [NO_LOSS] + learned)[:LONGEST])
         masks = [len(row) * [1] for row in rows]
         return padded(rows, 0), padded(labels, NO_LOSS), padded(masks, 0)
 
@@ -552,7 +553,8 @@ def own_exercise(captions, seed, number):
     epoch, place = divmod(number, len(captions))
     sample = int(np.random.default_rng((seed, epoch)).permutation(len(captions))[place])
     rng = np.random.default_rng((seed, epoch, sample))
-    return in_frame(caption_in_turn(captions[sample], sample + epoch, rng), date_for(rng))
+    text = caption_in_turn(captions[sample], sample + epoch, rng)
+    return in_frame(lens.strip_markers(text), date_for(rng))
 
 
 def in_frame(text, date):
@@ -579,6 +581,7 @@ def scene_and_date(rng):
 
 
 def date_for(rng):
+    """A date for the chat's head."""
     if rng.random() < 0.7:
         return lens.DATE
     year = rng.integers(24, 36)

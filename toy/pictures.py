@@ -30,8 +30,8 @@ class Pictures:
     pattern   of the shards, as in --data
     batch     {area: pictures in a batch}; the areas are those of the buckets
 
-    Which are kept aside depends on the seed alone: one in ten, at least one and at most 500. The
-    order of batches comes from (seed, epoch), a picture's crop from (seed, epoch, sample).
+    Which are kept aside depends on the seed and their number: one in ten, at least one and at most
+    500. The order of batches comes from (seed, epoch), a picture's crop from (seed, epoch, sample).
     LensError where there are no shards, latents in place of pictures, or fewer than FEWEST.
     """
 
