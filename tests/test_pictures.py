@@ -219,7 +219,8 @@ def test_the_autoencoder_learns_from_pictures_and_resumes_bit_for_bit(
     said = capsys.readouterr().out.splitlines()
     assert said[0] == ("8 pictures, of which 1 are kept aside; they have no labels, so there is no "
                        "semantic term and no probe")
-    ratio, = re.findall(r"^1 of the pictures .* PSNR (.*) dB", "\n".join(said), re.M)
+    ratio, = re.findall(r"^encoded and decoded, 1 of .* kept aside have a PSNR of (\S+) dB, and "
+                        r"some that were learnt \S+ dB; .*preview.png", "\n".join(said), re.M)
     assert said[-1] == f"next: python -m toy.language --out {whole} --data {shard} --size nano"
 
     log = rows(whole / "vae")
@@ -228,6 +229,7 @@ def test_the_autoencoder_learns_from_pictures_and_resumes_bit_for_bit(
     assert np.mean([row["loss"] for row in log[7:10]]) < np.mean([row["loss"] for row in log[:3]])
     notes = notes_in(whole / "vae" / "diffusion_pytorch_model.safetensors")
     assert float(notes["psnr"]) == log[-1]["psnr"] == pytest.approx(float(ratio), abs=0.06)
+    assert float(notes["psnr_learnt"]) == log[-1]["psnr_learnt"]
     assert "probe" not in notes
     assert (whole / "vae" / "preview_000004.png").exists()
     assert (whole / "vae" / "preview.png").exists()
