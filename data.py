@@ -76,12 +76,14 @@ from kit.places import (
     PARTS,
     Places,
     add_part_flags,
+    command_for_next_part,
     expanded,
     fetch,
     fetch_places,
     gather,
     has_parts,
     locate,
+    part_folder,
     vae_identity,
 )
 from kit.run import any_attention, gathered, make_loader, same_everywhere
@@ -898,14 +900,18 @@ def absolute(name):
 
 
 def training_command(pattern, size, weights):
-    """A command that trains on shards, starting from the weights whose autoencoder is used."""
+    """A command that trains on shards, starting from the weights whose autoencoder is used; or from
+    nothing, where these are an autoencoder and a text encoder alone."""
     places = gather(weights)
     if len({str(places.of(part)) for part in PARTS}) > 1:         # the autoencoder starts nothing
         return ("python train.py ... with the same --vae and --text-encoder (README.md, Your own "
                 "pictures)")
     name = quoted(os.path.relpath(places.vae) if os.path.exists(places.vae) else places.vae)
-    command = (f"python train.py --data {quoted(pattern)} --size {size} --stage 2 "
-               f"--parts {name} --init {name} --lora 16 --out runs/mine")
+    command = f"python train.py --data {quoted(pattern)} --size {size} --stage 2 --parts {name}"
+    path = expanded(places.vae)
+    if path.is_dir() and not part_folder(path, "transformer").exists():
+        return f"{command} --out {name}"
+    command += f" --init {name} --lora 16 --out runs/mine"
     return command + " --steps 300" if size == "toy" else command
 
 
@@ -1028,6 +1034,9 @@ def stats(pattern, sizes, out):
     print(f"{out}: {what}")
     print("next, on a laptop (the released model: README.md, Your own pictures): "
           f"{training_command(pattern, 'toy', TOY)}")
+    if shown:
+        print("or with a few thousand pictures, everything from nothing: "
+              f"{command_for_next_part('runs/mine', 'toy', pattern)}")
 
 
 def thumbnail(pixels):

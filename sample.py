@@ -429,6 +429,9 @@ def make_reasoner(notes, encoder=None, system_prompt=None, endpoint=None, model=
     if endpoint:
         writes = reason.endpoint_writer(Endpoint(endpoint, model, journal))
     else:
+        require(language.can_rewrite(encoder), "the text encoder of these weights has read "
+                "captions alone and cannot rewrite: leave out --reason, or name a model with "
+                "--endpoint")
         writes = functools.partial(reason.encoder_writes, encoder)
     return reason.Reasoner(writes, system, seed, language.keeps if toy else None)
 

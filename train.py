@@ -12,6 +12,8 @@ From nothing to a model, on a laptop:
     python sample.py --eval --weights runs/toy           #    the six-task table
 
     python train.py --stage 1 --compile --out runs/quick # instead of 3: one area alone, 40 minutes
+    python train.py --data 'shards/*.tar' --out runs/mine    # 3 on pictures of your own, after 1
+                                                         #    and 2 with the same --data and --out
     python tools/budget.py train --size full             # what the real size would take; then
     torchrun --nproc-per-node 8 train.py --size full --stage 2 --data 'shards/*.tar' \\
         --parts DIR_OR_REPO --fsdp --recompute selective
@@ -55,6 +57,7 @@ from kit.files import (
     not_negative,
     open_safetensors,
     positive,
+    quoted,
     require,
     run_command,
     seed_number,
@@ -1048,15 +1051,16 @@ def pictures_by_area(text):
     return numbers
 
 
-def check_both_parts(out):
+def check_both_parts(out, pattern):
     """LensError where --out has one of the two parts alone: weights/toy's would be taken, in
-    silence, in the place of the one that was just trained."""
+    silence, in the place of the one that was just trained. pattern: of --data, or None"""
     made_by = {"vae": "python -m toy.autoencoder", "text_encoder": "python -m toy.language"}
     there = [part for part in made_by if (Path(out) / part / "config.json").exists()]
     if len(there) == 1:
         missing, = set(made_by) - set(there)
+        on = "" if pattern is None else f" --data {quoted(pattern)}"
         raise LensError(f"{out} has {there[0]}/ and no {missing}/: make it with "
-                        f"`{made_by[missing]} --out {out}`, or name both parts with --parts")
+                        f"`{made_by[missing]} --out {out}{on}`, or name both parts with --parts")
 
 
 def usual_base_dtype(size, lora, fsdp=False):
@@ -1154,7 +1158,7 @@ def main(argv=None):
     require(run.ranks > 1 or not args.fsdp, "--fsdp shares weights among processes: start it with "
             "torchrun --nproc-per-node N train.py ...")
     if not args.parts and not args.init:
-        check_both_parts(args.out)
+        check_both_parts(args.out, args.data)
     parts = args.parts or (args.out if has_parts(args.out) else None)
     if parts or args.vae or args.text_encoder:
         parts = gather(parts or sample.TOY, args.vae, args.text_encoder)

@@ -326,12 +326,14 @@ def check_part(path, part):
             f"made by `{MAKES[part]} --out {quoted(str(path))}`")
 
 
-def command_for_next_part(folder, size):
+def command_for_next_part(folder, size, data=None):
     """What to type for the first part that a toy's folder lacks; for its denoiser where it has
-    both others."""
+    both others. data: the shards that all of them are trained on; None: the toy world"""
     missing = [part for part in ("vae", "text_encoder")
                if not (Path(folder) / part / "config.json").exists()]
     command = f"{MAKES[missing[0] if missing else 'transformer']} --out {quoted(str(folder))}"
+    if data is not None:
+        command += f" --data {quoted(data)}"
     return command if size == "toy" else f"{command} --size {size}"
 
 

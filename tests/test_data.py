@@ -787,6 +787,8 @@ def test_statistics_are_shown_of_pictures_and_of_latents(tmp_path, capsys):
         assert "8 samples in 1 shards" in said
         assert "words a caption" in said
         assert "samples/s" in said
+        # Who has pictures, not latents, can train an autoencoder of his own.
+        assert ("nothing: python -m toy.autoencoder" in said) == (shards == pattern)
         assert Image.open(sheet).width > 128
         sheet.unlink()
 

@@ -61,6 +61,7 @@ ORDER = [
     "toy.world",
     "toy.checker",
     "toy.labels",
+    "toy.pictures",
     "toy.language",
     "toy.autoencoder",
     "toy.dataset",
@@ -420,6 +421,8 @@ HINTS = [
     data.training_command("my shards/*.tar", "toy", "weights/my toy"),
     data.training_command("it's/*.tar", "full", "owner/name"),
     *[f"{command} --out DIR" for command in MAKES.values()],
+    command_for_next_part("runs/mine", "toy", "my shards/*.tar"),
+    data.training_command("my shards/*.tar", "toy", "tests"),         # parts without a denoiser
 ]
 
 

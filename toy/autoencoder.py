@@ -1,19 +1,23 @@
-"""Training of the toy's autoencoder, on scenes drawn as it goes.
+"""Training of the toy's autoencoder, on scenes drawn as it goes, or on pictures of one's own.
 
-Read before: vae.py, toy/labels.py; of toy/world.py the first screen, for what a scene is.
+Read before: vae.py, toy/labels.py, toy/pictures.py; of toy/world.py the first screen, for what a
+scene is.
 
     python -m toy.autoencoder --out runs/toy --minutes 20
     python -m toy.autoencoder --out runs/plain --minutes 20 --semantic 0
+    python -m toy.autoencoder --data 'shards/*.tar' --out runs/mine --minutes 20
 
 It writes runs/toy/vae: the weights of the model's running average, its state and metrics.jsonl. The
 same command again resumes. The second command trains without the semantic term, to compare probes.
+The third trains on shards of `data.py pack`.
 
 The story in one paragraph: the loss is reconstruction, a little KL and a little meaning. The KL
 term keeps latents close together, so that what a denoiser gets almost right decodes to something
 right. The semantic term asks one Linear to read off each token which object covers it, and how
 that lies; it makes tokens in which a scene's facts lie open. At the end the tokens' mean and
 variance are measured once, and a fresh Linear on held-out scenes says how much can be read off them
-(the probe).
+(the probe). Nobody knows what covers which token of one's own pictures: there the semantic term and
+the probe are left out, and a round trip of pictures that were kept aside says how good it is.
 
 Where this departs: everything here is [ours]. The paper takes FLUX.2's weights, whose own recipe is
 not published. The Linear of the semantic term is thrown away after training.
@@ -31,7 +35,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -39,7 +42,7 @@ from tqdm import tqdm
 import data
 from kit.checkpoint import save_pipeline
 from kit.files import Parser, positive, require, run_command, seed_number, user_path
-from kit.images import contact_sheet, save_png, to_images, to_pil
+from kit.images import contact_sheet, enlarged, save_png, to_images, to_pil
 from kit.muon import Muon
 from kit.places import WEIGHT_NAMES, command_for_next_part
 from kit.run import (
@@ -55,12 +58,15 @@ from kit.run import (
 from kit.state import kept_progress, load_state, save_state
 from lens import SIZES
 from toy.labels import label_head, label_loss, labels, read_labels
+from toy.pictures import Pictures
 from toy.world import draw, random_scene
 from vae import Attention, LensVAE, ResBlock
 
 LR = 1e-3                     # peak, of AdamW at batch 8
 MUON_LR = 3e-3                # peak, of Muon, for the kernels of convolutions
 EMA = 0.995                   # decay of the average of weights, which is what is saved
+SEMANTIC = 0.1                # weight of the semantic term
+BATCH = {64: 8, 96: 4, 128: 2}     # pictures of each area: all cost about the same
 
 # Seeds of held-out scenes: no training seed draws the same ones.
 PROBE_TRAIN = 1_000_001
@@ -75,16 +81,22 @@ class Settings:
     size: str = "toy"         # one of lens.SIZES
     steps: int = None         # how long: this many steps; None: `minutes` says it
     minutes: float = 20
-    semantic: float = 0.1     # weight of the semantic term; 0: none
+    semantic: float = SEMANTIC     # weight of the semantic term; 0: none
     kl: float = 0.02          # weight of the KL term, per latent number
     dtype: str = "auto"       # "fp32" or "bf16" to compute in; "auto": the faster of the two
     save_every: int = 300     # steps
     preview_every: int = 300  # steps
+    data: str = None          # digest of the shards of one's own pictures; None: drawn scenes
 
     def identity(self, seed):
         """What a resumed run must have in common with the one that it goes on with."""
         return {"--size": self.size, "--seed": seed,
-                "--semantic": self.semantic, "--kl": self.kl}
+                "--semantic": self.semantic, "--kl": self.kl, "--data": self.data}
+
+    @property
+    def saturated(self):
+        """What a saturated pixel counts, see `reconstruction_loss`."""
+        return 7 if self.data is None else 1
 
 
 @dataclass
@@ -112,10 +124,10 @@ def make_batch(seed, index, size=None, count=None):
     if size is None:
         # Half of them of the small area: it holds the same shapes for less work.
         rng = np.random.default_rng((seed, index))
-        area = int(rng.choice([64, 96, 128], p=[0.5, 0.2, 0.3]))
+        area = int(rng.choice(list(BATCH), p=[0.5, 0.2, 0.3]))
         sizes = data.buckets(area)
         size = sizes[rng.integers(len(sizes))]
-        count = {64: 8, 96: 4, 128: 2}[area]
+        count = BATCH[area]
 
     H, W = size
     images, covering = [], []
@@ -171,18 +183,20 @@ def initialise(vae):
 
 # --- The loss: reconstruction, a little KL, a little meaning --------------------------------------
 
-def reconstruction_loss(decoded, images):
+def reconstruction_loss(decoded, images, saturated=7):
     """Pixels, their differences, and two coarser pictures; both [B, 3, H, W] -> a number.
 
     L1 alone is content with soft edges, because an edge is few pixels: the differences make it pay
     there. The squares fix the colours of whole objects early. Saturated pixels and their rims count
-    seven times: without that the noise of the background, nine pixels in ten, is learnt before the
-    shape of anything.
+    `saturated` times. In the drawn world these are the objects, and without that the noise of the
+    background, nine pixels in ten, is learnt before the shape of anything. Pictures of one's own
+    have 1: in them a bright colour does not say what matters, and a grey picture, or the grey part
+    of one, would be learnt late.
     """
     off = decoded - images                                            # [B, 3, H, W]
     chroma = images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
-    saturated = (chroma > 0.4).float()                                # [B, 1, H, W]
-    weight = 1 + 6 * F.max_pool2d(saturated, 5, stride=1, padding=2)
+    is_saturated = (chroma > 0.4).float()                             # [B, 1, H, W]
+    weight = 1 + (saturated - 1) * F.max_pool2d(is_saturated, 5, stride=1, padding=2)
 
     loss = (weight * (off.abs() + 2 * off.square())).mean()
     loss = loss + (weight[:, :, 1:] * off.diff(dim=2).abs()).mean()
@@ -201,12 +215,13 @@ def kl_loss(mean, logvar):
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
-def losses(vae, head, pixels, covering, noise, semantic, kl):
+def losses(vae, head, pixels, covering, noise, semantic, kl, saturated=7):
     """A batch's loss and its terms: (total, {"reconstruction", "kl", "semantic"}). A semantic term
     of weight 0 is left out.
 
-    pixels  uint8 [B, H, W, 3]        covering  [B, h*w, 6]
+    pixels  uint8 [B, H, W, 3]        covering  [B, h*w, 6], or None where the semantic term is out
     noise   [B, c, H/8, W/8], of the latent that is drawn from the posterior
+    saturated  see `reconstruction_loss`
     """
     images = to_images(pixels, noise.device)                          # [B, 3, H, W]
     mean, logvar = vae.encode(images)
@@ -214,7 +229,8 @@ def losses(vae, head, pixels, covering, noise, semantic, kl):
     z = mean + (0.5 * logvar).exp() * noise
     decoded = vae.decode(z).float()                                   # [B, 3, H, W]
 
-    terms = {"reconstruction": reconstruction_loss(decoded, images), "kl": kl_loss(mean, logvar)}
+    terms = {"reconstruction": reconstruction_loss(decoded, images, saturated),
+             "kl": kl_loss(mean, logvar)}
     total = terms["reconstruction"] + kl * terms["kl"]
     if semantic > 0:
         tokens = F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)   # [B, h*w, 4c], as to_tokens
@@ -223,16 +239,21 @@ def losses(vae, head, pixels, covering, noise, semantic, kl):
     return total, terms
 
 
-# --- After training: statistics, probe, preview ---------------------------------------------------
+# --- After training: statistics, probe or round trip, preview -------------------------------------
+
+def set_statistics(vae, seed, batches, device):
+    """`measure_statistics` of so many batches of drawn scenes."""
+    drawn = (make_batch(seed, i) for i in range(batches))
+    measure_statistics(vae, drawn, batches, device)
+
 
 @torch.no_grad()
-def set_statistics(vae, seed, batches, device):
+def measure_statistics(vae, batches, number, device):
     """Measures the mean and variance of the folded latent, with which tokens are normalised, in one
-    exact pass. The variance is that of a posterior *sample*: the variance of the means plus the
-    mean of the variances."""
+    exact pass over batches, `number` of them. The variance is that of a posterior *sample*: the
+    variance of the means plus the mean of the variances."""
     count, total, square = 0, 0, 0
-    for i in tqdm(range(batches), "statistics", unit="batch", leave=False):
-        pixels, _ = make_batch(seed, i)
+    for pixels, _ in tqdm(batches, "statistics", number, unit="batch", leave=False):
         mean, logvar = vae.encode(to_images(pixels, device))          # [B, c, H/8, W/8]
         mean = F.pixel_unshuffle(mean, 2).double()                    # [B, 4c, h, w]
         var = F.pixel_unshuffle(logvar.exp(), 2).double()
@@ -243,7 +264,7 @@ def set_statistics(vae, seed, batches, device):
 
     vae.bn.running_mean.copy_(total / count)
     vae.bn.running_var.copy_(square / count - (total / count).square())
-    vae.bn.num_batches_tracked.fill_(batches)
+    vae.bn.num_batches_tracked.fill_(number)
 
 
 @torch.no_grad()
@@ -289,15 +310,39 @@ def probe(vae, device, train_scenes=2000, test_scenes=500):
             "pose": round((pose - covering[covered, 2:]).abs().mean().item(), 4)}
 
 
+def psnr(decoded, images):
+    """The peak signal-to-noise ratio of each picture in dB: [B]; half the error is 6 dB more. Both
+    [B, 3, H, W] in [-1, 1]."""
+    error = (decoded.clamp(-1, 1) - images).square().mean((1, 2, 3))
+    return 10 * torch.log10(4 / error)
+
+
 @torch.no_grad()
-def preview(vae, path, device):
-    """A PNG of twelve held-out scenes above what the autoencoder makes of them, twice as large."""
-    pixels, _ = make_batch(PREVIEW, 0, (64, 64), 12)
-    images = to_images(pixels, device)
-    mean, _ = vae.encode(images)
-    pictures = to_pil(images) + to_pil(vae.decode(mean))
-    pictures = [picture.resize((128, 128), Image.NEAREST) for picture in pictures]
-    save_png(contact_sheet(pictures, columns=12), path)
+def round_trip(vae, batches, number, device):
+    """-> the mean PSNR in dB of pictures that are encoded and decoded, from `number` batches."""
+    ratios = []
+    for pixels, _ in tqdm(batches, "round trip", number, unit="batch", leave=False):
+        images = to_images(pixels, device)
+        mean, _ = vae.encode(images)
+        ratios.append(psnr(vae.decode(mean), images))
+    return torch.cat(ratios).mean().item()
+
+
+@torch.no_grad()
+def preview(vae, path, device, pictures=None):
+    """A PNG of twelve held-out scenes above what the autoencoder makes of them, twice as large; or
+    of twelve that were kept aside of one's own, as they are. pictures: Pictures or None"""
+    batches, times = [make_batch(PREVIEW, 0, (64, 64), 12)], 2
+    if pictures is not None:
+        batches, times = pictures.kept_aside(12), 1
+    before, after = [], []
+    for pixels, _ in batches:
+        images = to_images(pixels, device)
+        mean, _ = vae.encode(images)
+        before += to_pil(images)
+        after += to_pil(vae.decode(mean))
+    shown = [enlarged(picture, times) for picture in before + after]
+    save_png(contact_sheet(shown, columns=len(before)), path)
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -377,14 +422,15 @@ class Learner:
 def train_step(run, settings, learner, batch, step, done):
     """One step, number `step` of the run, of which the share `done` is behind us. -> {name: number}
     for the log."""
-    pixels, covering = batch                                          # [B, H, W, 3], [B, h*w, 6]
+    pixels, covering = batch                           # [B, H, W, 3], [B, h*w, 6] or None
     B, H, W, _ = pixels.shape
     latent_shape = (B, learner.vae.config["latent_channels"], H // 8, W // 8)
     noise = run.move(draw_noise(run.seed, step, latent_shape))
 
     with run.autocast():                                              # the weights stay fp32
         loss, terms = losses(learner.vae, learner.head, pixels, covering, noise,
-                             semantic=settings.semantic, kl=settings.kl)
+                             semantic=settings.semantic, kl=settings.kl,
+                             saturated=settings.saturated)
     for optimizer in learner.optimizers:
         optimizer.zero_grad()
     loss.backward()
@@ -402,9 +448,9 @@ def train_step(run, settings, learner, batch, step, done):
     return {"loss": loss.item(), **numbers, "images": B, "lr": LR * factor}
 
 
-def train(run, settings):
+def train(run, settings, pictures=None):
     """Trains, or goes on with what run.out holds, until the settings' end or until a notice comes.
-    -> (the average's autoencoder, Progress)"""
+    -> (the average's autoencoder, Progress). pictures: Pictures; None: drawn scenes"""
     learner = Learner(run, settings)
     identity = settings.identity(run.seed)
 
@@ -414,7 +460,7 @@ def train(run, settings):
         progress = Progress(**saved)
         run.say(f"resuming at step {progress.step}, {progress.seconds / 60:.1f} minutes in")
     if progress.dtype == "auto":
-        pixels, _ = make_batch(run.seed, 0)
+        pixels, _ = make_batch(run.seed, 0)        # drawn in any case: it is timed, not learnt
         progress.dtype = choose_dtype(run, learner.vae, pixels)
     run.bf16 = progress.dtype == "bf16"
 
@@ -425,7 +471,10 @@ def train(run, settings):
 
     log = Log(run, progress.step)
     notice = Notice()
-    batches = batches_from(run.seed, first=progress.step)
+    if pictures is None:
+        batches = batches_from(run.seed, first=progress.step)
+    else:
+        batches = pictures.batches(first=progress.step)
     bar = tqdm(total=settings.steps, initial=progress.step, unit="step")
     done = progress.done(settings)
     stopping = done >= 1
@@ -444,7 +493,8 @@ def train(run, settings):
         bar.set_postfix_str(f"loss {numbers['loss']:.4f}, {minutes} min")
         bar.update()
         if progress.step % settings.preview_every == 0:
-            preview(learner.ema, run.out / f"preview_{progress.step:06d}.png", run.device)
+            path = run.out / f"preview_{progress.step:06d}.png"
+            preview(learner.ema, path, run.device, pictures)
         if progress.step % settings.save_every == 0 or stopping:
             save_state(run, progress.step, learner.groups(), learner.optimizers, identity,
                        asdict(progress))
@@ -453,32 +503,64 @@ def train(run, settings):
     return learner.ema, progress
 
 
-def finish(run, settings, ema, progress, report, command):
-    """Measures statistics and probe on held-out scenes, and writes the autoencoder beside the run's
-    state: run.out is the folder vae/ of a pipeline. report: number of the probe's test scenes."""
+def finish(run, settings, ema, progress, report, command, pictures=None):
+    """Measures what the autoencoder is worth, and writes it beside the run's state: run.out is the
+    folder vae/ of a pipeline.
+
+    report    number of the probe's test scenes, or at most so many pictures of the round trip
+    pictures  Pictures; None: drawn scenes
+    """
+    if pictures is None:
+        scores = measure_on_scenes(run, settings, ema, report)
+    else:
+        scores = measure_on_pictures(run, ema, report, pictures)
+    log = Log(run, progress.step)
+    log(step=progress.step, **scores)
+
+    notes = {"command": command, "commit": code_version(), "seed": run.seed,
+             "steps": progress.step, "minutes": round(progress.seconds / 60, 2),
+             "semantic": settings.semantic,
+             **{name: json.dumps(score) for name, score in scores.items()}}
+    save_pipeline(run.out.parent, vae=ema, vae_metadata=notes)
+    preview(ema, run.out / "preview.png", run.device, pictures)
+
+
+def measure_on_scenes(run, settings, ema, report):
+    """Statistics and probe on held-out scenes -> {"probe": scores}."""
     batches = report // 5 + 1                      # by default 101, of about 7 scenes each
     set_statistics(ema, STATISTICS, batches, run.device)
     scores = probe(ema, run.device, train_scenes=4 * report, test_scenes=report)
-
-    log = Log(run, progress.step)
-    log(step=progress.step, probe=scores)
-    notes = {"command": command, "commit": code_version(), "seed": run.seed,
-             "steps": progress.step, "minutes": round(progress.seconds / 60, 2),
-             "semantic": settings.semantic, "probe": json.dumps(scores)}
-    save_pipeline(run.out.parent, vae=ema, vae_metadata=notes)
-    preview(ema, run.out / "preview.png", run.device)
     run.say(f"semantic {settings.semantic}: a linear probe on held-out scenes gets "
             f"shape {scores['shape']:.3f}, colour {scores['colour']:.3f}, "
             f"pose within {scores['pose']:.3f}")
-    if settings.size in ("nano", "toy"):           # the sizes of which all parts are made here
-        run.say(f"next: {command_for_next_part(run.out.parent, settings.size)}")
+    return {"probe": scores}
+
+
+def measure_on_pictures(run, ema, report, pictures):
+    """Statistics on the pictures that were learnt, and a round trip of those that were kept aside
+    -> {"psnr": dB, "psnr_learnt": dB}, the second of about as many that were learnt: far above the
+    first where they are too few, or were seen too often. weights/toy has 34 dB on drawn scenes."""
+    planned = pictures.epoch(0)[:report]
+    measure_statistics(ema, pictures.load(planned), len(planned), run.device)
+
+    count = min(report, len(pictures.aside))
+    aside = round_trip(ema, pictures.kept_aside(count), count, run.device)
+    planned = planned[:count]
+    learnt = round_trip(ema, pictures.load(planned), len(planned), run.device)
+    run.say(f"encoded and decoded, {count} of the pictures that were kept aside have a PSNR of "
+            f"{aside:.1f} dB, and some that were learnt {learnt:.1f} dB; {run.out}/preview.png "
+            "shows the former")
+    return {"psnr": round(aside, 2), "psnr_learnt": round(learnt, 2)}
 
 
 def main(argv=None):
-    parser = Parser("Train the toy autoencoder on drawn scenes, for 20 minutes unless --minutes or "
-                    "--steps says otherwise. The same command again resumes.", __doc__)
+    parser = Parser("Train the toy autoencoder on drawn scenes, or on pictures of your own, for 20 "
+                    "minutes unless --minutes or --steps says otherwise. The same command again "
+                    "resumes.", __doc__)
     parser.add_argument("--out", type=user_path, required=True, metavar="DIR",
                         help="write DIR/vae")
+    parser.add_argument("--data", metavar="GLOB", help="shards of `data.py pack`, say "
+                        "'shards/*.tar' (default: drawn scenes)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=20,
                         help="train this long (default: %(default)s)")
@@ -486,8 +568,8 @@ def main(argv=None):
     parser.add_argument("--size", default="toy",
                         help="toy, nano (for tests) or full (default: %(default)s)")
     parser.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
-    parser.add_argument("--semantic", type=float, default=0.1,
-                        help="weight of the semantic term; 0: none (default: %(default)s)")
+    parser.add_argument("--semantic", type=float, help="weight of the semantic term, for drawn "
+                        f"scenes alone; 0: none (default: {SEMANTIC})")
     parser.add_argument("--kl", type=float, default=0.02,
                         help="weight of the KL term, per latent number (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp32"],
@@ -497,20 +579,32 @@ def main(argv=None):
     parser.add_argument("--preview-every", type=positive, default=300, metavar="N",
                         help="steps (default: %(default)s)")
     parser.add_argument("--report", type=positive, default=500,
-                        help="held-out scenes of the final report (default: %(default)s)")
+                        help="held-out scenes or pictures of the final report "
+                             "(default: %(default)s)")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     require(args.size in SIZES, f"unknown size '{args.size}': choose one of {', '.join(SIZES)}")
     require(args.minutes > 0, "--minutes must be above 0")
+    require(args.data is None or args.semantic is None,
+            "--semantic is for drawn scenes: nobody has labelled what the pictures of --data show")
 
+    semantic, pictures, digest = args.semantic, None, None
+    if args.data is not None:
+        semantic, pictures = 0.0, Pictures(args.data, args.seed, BATCH)
+        digest = pictures.shards.digest
+    elif semantic is None:
+        semantic = SEMANTIC
     settings = Settings(size=args.size, steps=args.steps, minutes=args.minutes,
-                        semantic=args.semantic, kl=args.kl, dtype=args.dtype,
-                        save_every=args.save_every, preview_every=args.preview_every)
+                        semantic=semantic, kl=args.kl, dtype=args.dtype,
+                        save_every=args.save_every, preview_every=args.preview_every, data=digest)
     # DIR itself is for the denoiser's run.
     run = start_run(Path(args.out) / "vae", seed=args.seed)
+    if pictures is not None:
+        run.say(f"{len(pictures.buckets):,} pictures, of which {len(pictures.aside)} are kept "
+                "aside; they have no labels, so there is no semantic term and no probe")
     kept = kept_progress(run.out)
     finished = kept and Progress(**kept).done(settings) >= 1
-    ema, progress = train(run, settings)
+    ema, progress = train(run, settings, pictures)
     if finished and (run.out / WEIGHT_NAMES[0]).exists():
         run.say(f"{run.out} was finished at step {progress.step}, and is left as it is")
         return
@@ -518,7 +612,9 @@ def main(argv=None):
         run.say_stopped(progress.step)
         return
     command = shlex.join(["python", "-m", "toy.autoencoder", *argv])
-    finish(run, settings, ema, progress, args.report, command)
+    finish(run, settings, ema, progress, args.report, command, pictures)
+    if args.size in ("nano", "toy"):               # the sizes of which all parts are made here
+        run.say(f"next: {command_for_next_part(run.out.parent, args.size, args.data)}")
 
 
 if __name__ == "__main__":

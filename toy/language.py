@@ -3,12 +3,14 @@
 Read before: toy/world.py, reason.py, kit/state.py.
 
     python -m toy.language --out runs/toy        # runs/toy/text_encoder and runs/toy/tokenizer
+    python -m toy.language --data 'shards/*.tar' --out runs/mine       # of captions of your own
 
 The story in one paragraph. The toy's text encoder is a tiny GPT-OSS, about 1M parameters, trained
 as a language model. It has two jobs, so it meets two kinds of chat: a caption in the frame in which
 the denoiser will have it read, for its hidden states; and instructions with a brief request,
 answered by a dense caption, since it is the toy's reasoner too. Requests hold words that captions
 never do ("crimson discs"), and the instructions say which details the answer is to state.
+Of captions of one's own nobody knows such requests: the second job is then left out.
 
 Where the toy departs from the paper [ours]: the paper takes GPT-OSS-20B as it is, frozen. Here all
 that a reasoner must keep is known, so its answers are checked word by word (`keeps`); and a system
@@ -16,7 +18,9 @@ prompt is a choice of sentences (`GUIDELINES`), so a program can propose a bette
 (`edit_guidelines`).
 """
 import difflib
+import hashlib
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -42,6 +46,7 @@ from kit.files import (
 from kit.places import command_for_next_part
 from kit.run import Log, Notice, learning_rate_factor, make_loader, start_run
 from kit.state import check_same_run, load_state, save_state
+from toy.pictures import caption_in_turn, read_captions
 from toy.world import (
     COLORS,
     NUMBERS,
@@ -265,8 +270,10 @@ def strange_words(texts, known):
 
 def words_read(tokenizer):
     """The words that the toy's text encoder has read: those that are one token, with the blank
-    before them. Any other is spelled in pieces, see `toy_tokenizer`."""
-    return {token[1:] for token in tokenizer.get_vocab() if token.startswith("\u0120")}
+    before them. Any other is spelled in pieces, see `learn_tokenizer`."""
+    with_blank = [token for token in tokenizer.get_vocab() if token.startswith("\u0120")]
+    # Tokens are bytes: a letter that is no ASCII stands there as two others.
+    return {tokenizer.convert_tokens_to_string([token])[1:] for token in with_blank}
 
 
 def remark_on_captions(captions, tokenizer):
@@ -404,8 +411,27 @@ HEAD
 {%- endfor -%}{%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}"""
 
 
+# What stands in the chat around every prompt, beside its fixed sentences.
+CHAT_WORDS = ["# Instructions", "system developer user assistant analysis final"]
+TOKENS = 768             # of the toy world, whose words are few
+OWN_TOKENS = 4096        # at most, of captions of one's own
+
+
 def toy_tokenizer(seed=0, scenes=4000):
-    """-> a tokenizer of transformers, learned on the toy world's sentences.
+    """-> the tokenizer of the toy world's sentences, see `learn_tokenizer`."""
+    return learn_tokenizer(sentences_to_tokenize(seed, scenes), TOKENS)
+
+
+def own_tokenizer(captions):
+    """-> the tokenizer of captions of one's own, [[caption]] of all pictures. Their words stand
+    alone too, so that "clock" of "o'clock" is a token."""
+    texts = [caption.lower() for own in captions for caption in own]
+    words = [word for text in texts for word in sorted(words_of(text))]
+    return learn_tokenizer([*texts, *words, *(40 * CHAT_WORDS)], OWN_TOKENS)
+
+
+def learn_tokenizer(texts, tokens):
+    """-> a tokenizer of transformers, learned on texts, of so many tokens at most.
 
     Byte-level BPE: a common word is one token, any other text a few bytes. The fixed sentences of
     the chat are one token each [ours]: they say nothing of the picture, and word by word they would
@@ -421,9 +447,9 @@ def toy_tokenizer(seed=0, scenes=4000):
     # With a blank before the first word, a word is the same token first and later in a prompt.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     trainer = BpeTrainer(
-        vocab_size=768, special_tokens=list(SPECIAL), show_progress=False,
+        vocab_size=tokens, special_tokens=list(SPECIAL), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(sentences_to_tokenize(seed, scenes), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in fixed_sentences()])
 
     wrapped = PreTrainedTokenizerFast(
@@ -436,8 +462,7 @@ def toy_tokenizer(seed=0, scenes=4000):
 def sentences_to_tokenize(seed, scenes):
     """[text]: what the reasoner is told, over and over, and each scene in three styles."""
     guidelines = [wording for wordings in GUIDELINES.values() for wording in wordings]
-    chat_words = [REWRITE, "# Instructions", "system developer user assistant analysis final"]
-    texts = 40 * guidelines + 40 * chat_words
+    texts = 40 * guidelines + 40 * [REWRITE, *CHAT_WORDS]
     for i in range(scenes):
         for style in ("dense", "brief", "vague"):
             _, _, sentence = sample_scene(seed, 0, i, 96, 96, style=style)
@@ -470,6 +495,7 @@ def chat_template():
 
 PICTURE_SIZES = data.buckets(96)         # for which the scenes of the exercises are drawn
 NO_LOSS = -100                           # the label of tokens that are given, not learned
+LONGEST = 512                            # tokens of a chat; the denoiser has no more of it read
 
 
 class Sentences(torch.utils.data.Dataset):
@@ -477,24 +503,33 @@ class Sentences(torch.utils.data.Dataset):
 
     A quarter are captions as the denoiser will meet them, the rest rewritings: copying a request's
     words is slower to learn than the captions' grammar.
+    captions   of one's own, [[caption]] of all pictures, which are then all that is learnt from;
+               None: the toy world
     """
 
-    def __init__(self, tokenizer, seed, batch):
+    def __init__(self, tokenizer, seed, batch, captions=None):
         self.tokenizer = tokenizer
         self.seed = seed
         self.batch = batch
+        self.captions = captions
 
     def __getitem__(self, step):
         """(ids, labels, mask), each [B, L], padded on the right; mask: 1 where there is a token."""
         rows, labels = [], []
         for i in range(self.batch):
-            rng = np.random.default_rng((self.seed, step, i))
-            given, learned = caption_exercise(rng) if i % 4 == 0 else rewriting_exercise(rng)
+            given, learned = self.exercise(step, i)
             given, learned = self.encode(given), self.encode(learned)
-            rows.append(given + learned)
-            labels.append(len(given) * [NO_LOSS] + learned)
+            rows.append((given + learned)[:LONGEST])
+            labels.append((len(given) * [NO_LOSS] + learned)[:LONGEST])
         masks = [len(row) * [1] for row in rows]
         return padded(rows, 0), padded(labels, NO_LOSS), padded(masks, 0)
+
+    def exercise(self, step, i):
+        """(text given, text to learn) of row i of a step."""
+        if self.captions is not None:
+            return own_exercise(self.captions, self.seed, step * self.batch + i)
+        rng = np.random.default_rng((self.seed, step, i))
+        return caption_exercise(rng) if i % 4 == 0 else rewriting_exercise(rng)
 
     def encode(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -509,9 +544,23 @@ def padded(rows, filler):
 def caption_exercise(rng):
     """(text given, text to learn): a caption in the frame in which the denoiser has it read."""
     scene, date = scene_and_date(rng)
+    return in_frame(caption(scene, details_for(scene, rng), rng), date)
+
+
+def own_exercise(captions, seed, number):
+    """The same with captions of one's own. number: of the exercise in the run; each epoch has one
+    for every picture."""
+    epoch, place = divmod(number, len(captions))
+    sample = int(np.random.default_rng((seed, epoch)).permutation(len(captions))[place])
+    rng = np.random.default_rng((seed, epoch, sample))
+    text = caption_in_turn(captions[sample], sample + epoch, rng)
+    return in_frame(lens.strip_markers(text), date_for(rng))
+
+
+def in_frame(text, date):
+    """(text given, text to learn) of a caption."""
     head, tail = lens.CHAT["gpt_oss"]
-    given = head.replace("{date}", date)
-    return given, caption(scene, details_for(scene, rng), rng) + tail
+    return head.replace("{date}", date), text + tail
 
 
 def rewriting_exercise(rng):
@@ -528,12 +577,17 @@ def scene_and_date(rng):
     """A scene, and a date for the chat's head: often the frozen one, else a random one."""
     height, width = PICTURE_SIZES[rng.integers(len(PICTURE_SIZES))]
     scene = random_scene(rng, height, width)
+    return scene, date_for(rng)
+
+
+def date_for(rng):
+    """A date for the chat's head."""
     if rng.random() < 0.7:
-        return scene, lens.DATE
+        return lens.DATE
     year = rng.integers(24, 36)
     month = rng.integers(1, 13)
     day = rng.integers(1, 29)
-    return scene, f"20{year}-{month:02d}-{day:02d}"
+    return f"20{year}-{month:02d}-{day:02d}"
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -563,16 +617,25 @@ def train_step(model, optimizer, batch):
     return loss, norm
 
 
-def train_text(run, settings, folder, size, steps, save_every):
+def train_text(run, settings, folder, size, steps, save_every, captions=None):
     """Next-token prediction on captions and rewritings; writes folder/text_encoder and /tokenizer.
 
     run: a kit.run.Run whose folder holds the state. settings: what tells this run from others.
+    captions: of one's own, see Sentences
     """
     run.say("first the tokenizer is learned: a few seconds")
-    tokenizer = toy_tokenizer()
+    more = {}
+    if captions is None:
+        tokenizer = toy_tokenizer()
+    else:
+        tokenizer = own_tokenizer(captions)
+        more = {"captions_only": True}             # into its config.json, see can_rewrite
+        strange = strange_words(itertools.chain(*captions), words_read(tokenizer))
+        run.say(f"{len(tokenizer):,} tokens; {len(strange):,} words of the captions are none of "
+                "them, and are spelled in pieces")
     model = lens.build_text_model(
         lens.SIZES[size].text_encoder, seed=run.seed, vocab_size=len(tokenizer), pad_token_id=0,
-        eos_token_id=tokenizer.eos_token_id)
+        eos_token_id=tokenizer.eos_token_id, **more)
     model.to(run.device).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -586,7 +649,7 @@ def train_text(run, settings, folder, size, steps, save_every):
     log = Log(run, step)
     notice = Notice()
 
-    sentences = Sentences(tokenizer, run.seed, BATCH)
+    sentences = Sentences(tokenizer, run.seed, BATCH, captions)
     batches = make_loader(sentences, range(step, steps), workers=1)
     bar = tqdm(batches, initial=step, total=steps, desc="text encoder", mininterval=2)
     for batch in bar:
@@ -609,7 +672,11 @@ def train_text(run, settings, folder, size, steps, save_every):
     layers = lens.SIZES[size].transformer.selected_layer_index
     save_pipeline(folder, text_encoder=lens.TextEncoder(model, tokenizer, layers))
     run.say(f"wrote {folder}/text_encoder and {folder}/tokenizer")
-    run.say(f"next: {command_for_next_part(folder, size)}")
+
+
+def can_rewrite(encoder):
+    """Whether a text encoder can be the reasoner: one that has read captions alone cannot."""
+    return not getattr(encoder.model.config, "captions_only", False)
 
 
 # --- The command ----------------------------------------------------------------------------------
@@ -620,6 +687,8 @@ def main(argv=None):
     parser.add_argument("--out", type=user_path, default="runs/toy", metavar="DIR",
                         help="gets text_encoder, tokenizer, and text, the run's own folder "
                              "(default: %(default)s)")
+    parser.add_argument("--data", metavar="GLOB", help="shards of `data.py pack`, say "
+                        "'shards/*.tar', for their captions (default: the toy world's)")
     parser.add_argument("--size", default="toy",
                         help="toy, or nano, which is for tests (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=STEPS,
@@ -633,11 +702,20 @@ def main(argv=None):
             f"unknown size '{args.size}': the text encoders of toy and nano are made here")
 
     folder = Path(args.out)
-    settings = {"--size": args.size, "--seed": args.seed}
+    captions, digest = None, None
+    if args.data is not None:
+        captions, missing = read_captions(args.data)
+        digest = hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16]
+    settings = {"--size": args.size, "--seed": args.seed, "--data": digest}
     check_same_run(folder / "text", settings)
     run = start_run(folder / "text", args.seed, args.device)
     require(run.ranks == 1, "the text encoder is small: train it in one process, without torchrun")
-    train_text(run, settings, folder, size=args.size, steps=args.steps, save_every=args.save_every)
+    if captions is not None:
+        run.say(f"{sum(map(len, captions)):,} captions of {len(captions):,} pictures ({missing} "
+                "have none); requests to rewrite are of the toy world, so the reasoner is left out")
+    train_text(run, settings, folder, size=args.size, steps=args.steps,
+               save_every=args.save_every, captions=captions)
+    run.say(f"next: {command_for_next_part(folder, args.size, args.data)}")
 
 
 if __name__ == "__main__":
