@@ -379,9 +379,10 @@ def test_every_command_ends_with_what_it_wrote_and_what_comes_next(folder, tmp_p
 
     of_toy = ["--data", f"{shards}/*.tar", "--bases", "64"]
     data.main(["stats", *of_toy, "--out", str(sheet)])
-    *_, wrote, following = capsys.readouterr().out.splitlines()
+    *_, wrote, following, from_nothing = capsys.readouterr().out.splitlines()
     assert wrote.startswith(f"{sheet}: 1 of the pictures")
     assert f": python train.py --data '{shards}/*.tar' --size toy --stage 2" in following
+    assert "python -m toy.autoencoder" in from_nothing
 
     data.main(["cache", *of_toy[:2], "--out", str(latents)])
     *_, wrote, following = capsys.readouterr().out.splitlines()
