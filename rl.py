@@ -780,7 +780,7 @@ def arguments(argv):
     add("--norm-guard", type=float, metavar="W",
         help="weight of a penalty on velocities longer than the frozen model's: reward RL "
         "lengthens them (metrics.jsonl: length), and texture is lost by it; 0: no penalty "
-        "(default: what the size says, 0.3)")
+        "(default: what the size says)")
     add("--seed", type=seed_number, default=0, help="default: %(default)s")
     add("--device", help="cpu or cuda (default: CUDA if there is one)")
     add("--dtype", choices=("fp32", "bf16"), help="of the frozen base (default: the faster one)")

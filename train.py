@@ -38,7 +38,6 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -57,7 +56,6 @@ from kit.files import (
     not_negative,
     open_safetensors,
     positive,
-    quoted,
     require,
     run_command,
     seed_number,
@@ -71,10 +69,12 @@ from kit.places import (
     Places,
     add_part_flags,
     base_from,
+    command_for_next_part,
     fetch,
     gather,
     has_parts,
     locate,
+    missing_parts,
     read_metadata,
     vae_identity,
 )
@@ -1051,16 +1051,14 @@ def pictures_by_area(text):
     return numbers
 
 
-def check_both_parts(out, pattern):
+def check_both_parts(out, size, pattern):
     """LensError where --out has one of the two parts alone: weights/toy's would be taken, in
     silence, in the place of the one that was just trained. pattern: of --data, or None"""
-    made_by = {"vae": "python -m toy.autoencoder", "text_encoder": "python -m toy.language"}
-    there = [part for part in made_by if (Path(out) / part / "config.json").exists()]
-    if len(there) == 1:
-        missing, = set(made_by) - set(there)
-        on = "" if pattern is None else f" --data {quoted(pattern)}"
-        raise LensError(f"{out} has {there[0]}/ and no {missing}/: make it with "
-                        f"`{made_by[missing]} --out {out}{on}`, or name both parts with --parts")
+    missing = missing_parts(out)
+    if len(missing) == 1:
+        raise LensError(f"{out} has one of the two parts that this takes, and no {missing[0]}/: "
+                        f"make it with `{command_for_next_part(out, size, pattern)}`, or name both "
+                        "parts with --parts")
 
 
 def usual_base_dtype(size, lora, fsdp=False):
@@ -1158,7 +1156,7 @@ def main(argv=None):
     require(run.ranks > 1 or not args.fsdp, "--fsdp shares weights among processes: start it with "
             "torchrun --nproc-per-node N train.py ...")
     if not args.parts and not args.init:
-        check_both_parts(args.out, args.data)
+        check_both_parts(args.out, args.size, args.data)
     parts = args.parts or (args.out if has_parts(args.out) else None)
     if parts or args.vae or args.text_encoder:
         parts = gather(parts or sample.TOY, args.vae, args.text_encoder)

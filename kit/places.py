@@ -329,8 +329,7 @@ def check_part(path, part):
 def command_for_next_part(folder, size, data=None):
     """What to type for the first part that a toy's folder lacks; for its denoiser where it has
     both others. data: the shards that all of them are trained on; None: the toy world"""
-    missing = [part for part in ("vae", "text_encoder")
-               if not (Path(folder) / part / "config.json").exists()]
+    missing = missing_parts(folder)
     command = f"{MAKES[missing[0] if missing else 'transformer']} --out {quoted(str(folder))}"
     if data is not None:
         command += f" --data {quoted(data)}"
@@ -390,9 +389,13 @@ def refuse_lora(file):
 
 def has_parts(folder):
     """Whether a folder has an autoencoder and a text encoder of its own."""
-    folder = Path(folder)
-    has_vae = (folder / "vae" / "config.json").exists()
-    return has_vae and (folder / "text_encoder" / "config.json").exists()
+    return not missing_parts(folder)
+
+
+def missing_parts(folder):
+    """Those of ["vae", "text_encoder"] that a folder does not have itself."""
+    return [part for part in ("vae", "text_encoder")
+            if not (Path(folder) / part / "config.json").exists()]
 
 
 # --- What a checkpoint says of itself -------------------------------------------------------------

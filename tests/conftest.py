@@ -52,6 +52,40 @@ def steady(monkeypatch):
     monkeypatch.setattr(kit.run, "fastest_attention", fixed_attention)
 
 
+class Killed(Exception):
+    """What ends a run in a test where a kill would."""
+
+
+@contextlib.contextmanager
+def killed_after_saving(monkeypatch, module):
+    """A run of `module` inside this dies right after it has saved its state; it must get there."""
+    save_state = module.save_state
+
+    def save_then_die(*args):
+        save_state(*args)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, "save_state", save_then_die)
+        yield
+
+
+@contextlib.contextmanager
+def killed_after_steps(monkeypatch, module, steps):
+    """A run of `module` inside this dies after so many training steps; it must get there."""
+    step_done = module.train_step
+    steps_before_the_kill = iter(range(steps))
+
+    def dies(*inputs):
+        if next(steps_before_the_kill, None) is None:
+            raise Killed
+        return step_done(*inputs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(module, "train_step", dies)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def keep_signals():
     """A run takes notice of SIGTERM and Ctrl-C, and the tests run it in their own process."""

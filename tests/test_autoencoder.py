@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_line, rows, untimed_rows
+from conftest import ROOT, error_line, killed_after_saving, rows, untimed_rows
 
 from kit.checkpoint import load_vae
 from kit.files import open_safetensors, read_json
@@ -30,10 +30,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class Killed(Exception):
-    pass
 
 
 def weights(folder):
@@ -122,16 +118,8 @@ def test_training_lowers_the_loss_and_resumes_bit_for_bit(tmp_path, monkeypatch,
     assert (whole / "vae" / "curves.svg").exists()
     assert (whole / "vae" / "preview.png").exists()
 
-    save_state = autoencoder.save_state
-
-    def save_then_die(*args):
-        save_state(*args)
-        raise Killed
-
-    monkeypatch.setattr(autoencoder, "save_state", save_then_die)
-    with pytest.raises(Killed):
+    with killed_after_saving(monkeypatch, autoencoder):
         autoencoder.main(["--out", str(halves), *command])
-    monkeypatch.setattr(autoencoder, "save_state", save_state)
     autoencoder.main(["--out", str(halves), *command])         # the same command again
     assert "resuming at step 6" in capsys.readouterr().out
     assert same_weights(weights(whole), weights(halves))

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_line, rows
+from conftest import ROOT, error_line, killed_after_steps, rows
 
 import lens
 import reason
@@ -376,24 +376,10 @@ def assert_same_weights(a, b):
         assert torch.equal(tensor, other[name]), name
 
 
-class Killed(Exception):
-    pass
-
-
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch, quick, one_thread, capsys):
-    step_done = language.train_step
-    steps_before_the_kill = iter(range(5))
-
-    def dies(*inputs):
-        if next(steps_before_the_kill, None) is None:
-            raise Killed
-        return step_done(*inputs)
-
     train(tmp_path / "whole", "--steps", "6")
-    monkeypatch.setattr(language, "train_step", dies)
-    with pytest.raises(Killed):
+    with killed_after_steps(monkeypatch, language, 5):
         train(tmp_path / "halves", "--steps", "6")
-    monkeypatch.setattr(language, "train_step", step_done)
     train(tmp_path / "halves", "--steps", "6")
     assert "resuming at step 3" in capsys.readouterr().out
     assert_same_weights(tmp_path / "whole", tmp_path / "halves")

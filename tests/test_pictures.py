@@ -5,7 +5,13 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import error_line, rows, untimed_rows
+from conftest import (
+    error_line,
+    killed_after_saving,
+    killed_after_steps,
+    rows,
+    untimed_rows,
+)
 from shards import encoded, make_tar, photo
 
 import data
@@ -52,10 +58,6 @@ def write_shard(path, captions=CAPTIONS):
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory):
     return write_shard(tmp_path_factory.mktemp("shards") / "a.tar")
-
-
-class Killed(Exception):
-    pass
 
 
 # --- Pictures -------------------------------------------------------------------------------------
@@ -234,16 +236,8 @@ def test_the_autoencoder_learns_from_pictures_and_resumes_bit_for_bit(
     assert (whole / "vae" / "preview_000004.png").exists()
     assert (whole / "vae" / "preview.png").exists()
 
-    save_state = autoencoder.save_state
-
-    def save_then_die(*args):
-        save_state(*args)
-        raise Killed
-
-    monkeypatch.setattr(autoencoder, "save_state", save_then_die)
-    with pytest.raises(Killed):
+    with killed_after_saving(monkeypatch, autoencoder):
         autoencoder.main(["--out", str(halves), *command])
-    monkeypatch.setattr(autoencoder, "save_state", save_state)
     autoencoder.main(["--out", str(halves), *command])
     assert "resuming at step 5" in capsys.readouterr().out
     assert_same(weights(whole), weights(halves))
@@ -280,18 +274,8 @@ def test_the_text_encoder_learns_from_captions_and_resumes_bit_for_bit(
     assert said.endswith(f"next: python -m toy.autoencoder --out {whole} --data {shard} "
                          "--size nano\n")
 
-    step_done = language.train_step
-    steps_before_the_kill = iter(range(3))
-
-    def dies(*inputs):
-        if next(steps_before_the_kill, None) is None:
-            raise Killed
-        return step_done(*inputs)
-
-    monkeypatch.setattr(language, "train_step", dies)
-    with pytest.raises(Killed):
+    with killed_after_steps(monkeypatch, language, 3):
         language.main([*command, "--out", str(halves)])
-    monkeypatch.setattr(language, "train_step", step_done)
     language.main([*command, "--out", str(halves)])
     assert "resuming at step 2" in capsys.readouterr().out
     encoders = [load_text_encoder(folder, "cpu") for folder in (whole, halves)]
@@ -315,7 +299,7 @@ def test_hints_keep_the_data(tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text("{}")
     with pytest.raises(LensError, match=r"make it with `python -m toy.language --out .* --data"):
-        train.check_both_parts(tmp_path, "shards/*.tar")
+        train.check_both_parts(tmp_path, "toy", "shards/*.tar")
     command = data.training_command("latents/*.tar", "toy", tmp_path)
     assert "--init" not in command
     assert command.endswith(f"--out {command.split()[-1]}")

@@ -18,6 +18,7 @@ import torch
 from conftest import (
     ROOT,
     STEADY_SCRIPT,
+    Killed,
     error_line,
     fixed_attention,
     fixed_dtype,
@@ -96,10 +97,6 @@ def steps_of(out):
 
 
 # --- A run that is killed -------------------------------------------------------------------------
-
-class Killed(Exception):
-    pass
-
 
 def before_loss(patch, call, act):
     """Has act() called before the call-th loss of a run, counted from 1."""

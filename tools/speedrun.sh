@@ -41,7 +41,7 @@ cd "$(dirname "$0")/.." || exit
 
 case $size in
     toy)
-        autoencoder="--minutes 20"
+        autoencoder=""                                  # 20 minutes
         text_encoder=""                                 # 3,200 steps: 40 minutes on one core
         denoiser="--stage 1 --compile"                  # 8,500 steps: 40 minutes
         rl="--eval-every 0 --preview-every 0"           # 30 steps: 13 minutes

@@ -55,7 +55,7 @@ from kit.run import (
     race,
     start_run,
 )
-from kit.state import kept_progress, load_state, save_state
+from kit.state import check_same_run, kept_progress, load_state, save_state
 from lens import SIZES
 from toy.labels import label_head, label_loss, labels, read_labels
 from toy.pictures import Pictures
@@ -65,7 +65,6 @@ from vae import Attention, LensVAE, ResBlock
 LR = 1e-3                     # peak, of AdamW at batch 8
 MUON_LR = 3e-3                # peak, of Muon, for the kernels of convolutions
 EMA = 0.995                   # decay of the average of weights, which is what is saved
-SEMANTIC = 0.1                # weight of the semantic term
 BATCH = {64: 8, 96: 4, 128: 2}     # pictures of each area: all cost about the same
 
 # Seeds of held-out scenes: no training seed draws the same ones.
@@ -77,11 +76,11 @@ STATISTICS = 1_000_005
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; the defaults are those of the command line."""
+    """How to train. The command line takes its defaults from here."""
     size: str = "toy"         # one of lens.SIZES
     steps: int = None         # how long: this many steps; None: `minutes` says it
     minutes: float = 20
-    semantic: float = SEMANTIC     # weight of the semantic term; 0: none
+    semantic: float = 0.1     # weight of the semantic term; 0: none
     kl: float = 0.02          # weight of the KL term, per latent number
     dtype: str = "auto"       # "fp32" or "bf16" to compute in; "auto": the faster of the two
     save_every: int = 300     # steps
@@ -554,30 +553,30 @@ def measure_on_pictures(run, ema, report, pictures):
 
 
 def main(argv=None):
-    parser = Parser("Train the toy autoencoder on drawn scenes, or on pictures of your own, for 20 "
-                    "minutes unless --minutes or --steps says otherwise. The same command again "
-                    "resumes.", __doc__)
+    parser = Parser("Train the toy autoencoder on drawn scenes, or on pictures of your own, for "
+                    f"{Settings.minutes} minutes unless --minutes or --steps says otherwise. The "
+                    "same command again resumes.", __doc__)
     parser.add_argument("--out", type=user_path, required=True, metavar="DIR",
                         help="write DIR/vae")
     parser.add_argument("--data", metavar="GLOB", help="shards of `data.py pack`, say "
                         "'shards/*.tar' (default: drawn scenes)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=20,
+    length.add_argument("--minutes", type=float, default=Settings.minutes,
                         help="train this long (default: %(default)s)")
     length.add_argument("--steps", type=positive, help="or this many steps")
     parser.add_argument("--size", default="toy",
                         help="toy, nano (for tests) or full (default: %(default)s)")
     parser.add_argument("--seed", type=seed_number, default=0, help="default: %(default)s")
     parser.add_argument("--semantic", type=float, help="weight of the semantic term, for drawn "
-                        f"scenes alone; 0: none (default: {SEMANTIC})")
-    parser.add_argument("--kl", type=float, default=0.02,
+                        f"scenes alone; 0: none (default: {Settings.semantic})")
+    parser.add_argument("--kl", type=float, default=Settings.kl,
                         help="weight of the KL term, per latent number (default: %(default)s)")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bf16", "fp32"],
+    parser.add_argument("--dtype", default=Settings.dtype, choices=["auto", "bf16", "fp32"],
                         help="auto: measure, take the faster (default)")
-    parser.add_argument("--save-every", type=positive, default=300, metavar="N",
+    parser.add_argument("--save-every", type=positive, default=Settings.save_every, metavar="N",
                         help="steps (default: %(default)s)")
-    parser.add_argument("--preview-every", type=positive, default=300, metavar="N",
-                        help="steps (default: %(default)s)")
+    parser.add_argument("--preview-every", type=positive, default=Settings.preview_every,
+                        metavar="N", help="steps (default: %(default)s)")
     parser.add_argument("--report", type=positive, default=500,
                         help="held-out scenes or pictures of the final report "
                              "(default: %(default)s)")
@@ -593,7 +592,7 @@ def main(argv=None):
         semantic, pictures = 0.0, Pictures(args.data, args.seed, BATCH)
         digest = pictures.shards.digest
     elif semantic is None:
-        semantic = SEMANTIC
+        semantic = Settings.semantic
     settings = Settings(size=args.size, steps=args.steps, minutes=args.minutes,
                         semantic=semantic, kl=args.kl, dtype=args.dtype,
                         save_every=args.save_every, preview_every=args.preview_every, data=digest)
@@ -602,12 +601,13 @@ def main(argv=None):
     if pictures is not None:
         run.say(f"{len(pictures.buckets):,} pictures, of which {len(pictures.aside)} are kept "
                 "aside; they have no labels, so there is no semantic term and no probe")
+    check_same_run(run.out, settings.identity(run.seed))
     kept = kept_progress(run.out)
     finished = kept and Progress(**kept).done(settings) >= 1
-    ema, progress = train(run, settings, pictures)
     if finished and (run.out / WEIGHT_NAMES[0]).exists():
-        run.say(f"{run.out} was finished at step {progress.step}, and is left as it is")
+        run.say(f"{run.out} was finished at step {kept['step']}, and is left as it is")
         return
+    ema, progress = train(run, settings, pictures)
     if progress.done(settings) < 1:
         run.say_stopped(progress.step)
         return

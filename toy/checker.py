@@ -24,6 +24,7 @@ import data
 from kit.images import from_pil, to_images, to_pil
 from toy.world import (
     AREAS,
+    BANDS,
     CELL_TOLERANCE,
     COLORS,
     FILLS,
@@ -33,6 +34,7 @@ from toy.world import (
     SHAPES,
     SIZE_LIMIT,
     SIZE_RANGES,
+    STRIPES,
     TASKS,
     TEXTURES,
     TONES,
@@ -447,9 +449,6 @@ def ideal_of(form, height, width):
 
 TEXTURE_SEED = 1_000_006         # of the scenes that the readers are fitted on
 
-# Waves per radius of an object, and per side of a picture, times 2 pi: as toy.world draws them.
-STRIPES, BANDS = 4.2, 8 * math.pi
-
 
 class Reader(NamedTuple):
     """A linear reader: numbers that tell of a texture -> which of its names."""
@@ -540,9 +539,9 @@ def ground_numbers(rgb, chroma):
 
 def widened(mask, pixels):
     """A mask [H, W] with all that is at most so many pixels away from it."""
-    padded = torch.from_numpy(mask)[None].float()
+    numbers = torch.from_numpy(mask)[None].float()                  # [1, H, W], 0 or 1
     size = 2 * pixels + 1
-    return F.max_pool2d(padded, size, stride=1, padding=pixels)[0].numpy() > 0
+    return F.max_pool2d(numbers, size, stride=1, padding=pixels)[0].numpy() > 0
 
 
 def without_slope(brightness, x, y):

@@ -91,6 +91,10 @@ PAIR_TASKS = ("two_object", "position", "color_attr", "mixed")
 
 FILLS = ("plain", "striped", "shaded")
 TEXTURES = ("plain", "bands", "speckle")
+
+# How close stripes and bands stand: radians for each radius of an object, and for each side of a
+# picture.
+STRIPES, BANDS = 4.2, 2 * math.pi * 4
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 
 
@@ -241,7 +245,7 @@ def background_brightness(scene, x, y):
     gradient = low + (high - low) * (along + 0.5)
 
     if scene.texture == "bands":
-        return gradient + 0.035 * np.sign(np.sin(2 * math.pi * 4 * along))
+        return gradient + 0.035 * np.sign(np.sin(BANDS * along))
     if scene.texture == "speckle":
         height, width = x.shape
         return gradient + speckle(scene.noise_seed, height, width)
@@ -267,7 +271,7 @@ def brightness(obj, x, y):
     radius = obj.size * math.sqrt(height * width)
     along = (across + down) / radius                                # about -1 .. 1 on the object
     if obj.fill == "striped":
-        return np.where(np.sin(4.2 * along) > 0, 1.0, 0.78)
+        return np.where(np.sin(STRIPES * along) > 0, 1.0, 0.78)
     return (0.9 - 0.12 * along).clip(0.7, 1.05)                     # shaded
 
 
