@@ -8,7 +8,9 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, error_line, killed_after_saving, rows, untimed_rows
+from torch import nn
 
 from kit.checkpoint import load_vae
 from kit.files import open_safetensors, read_json
@@ -16,7 +18,7 @@ from kit.images import to_images
 from kit.state import newest_state
 from lens import SIZES
 from toy import autoencoder
-from toy.labels import labels
+from toy.labels import label_head, label_loss, labels
 from toy.world import random_scene
 from vae import LensVAE
 
@@ -96,6 +98,28 @@ def test_statistics_make_tokens_standard():
     tokens = torch.cat(tokens)
     assert tokens.mean(0).abs().max() < 0.2
     assert (tokens.std(0) - 1).abs().max() < 0.2
+
+
+def test_the_semantic_term_reads_tokens_through_noise():
+    """Without noise it is the labels' loss; how large latents are makes no difference to it."""
+    generator = torch.Generator().manual_seed(0)
+    z, noise = torch.randn(2, 2, 8, 4, 6, generator=generator)         # two of [2, 8, 4, 6]
+    z = z / z.std((0, 2, 3), keepdim=True)
+    head = label_head(32)
+    nn.init.normal_(head.weight, generator=generator)
+    covering = torch.from_numpy(labels(random_scene(np.random.default_rng(0), 32, 48), 32, 48))
+    covering = covering.expand(2, 6, 6)
+
+    def loss(z, t):
+        return autoencoder.semantic_loss(head, z, covering, noise, torch.full((2,), t))
+
+    def loss_of(z):
+        tokens = F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)
+        return label_loss(head, tokens, covering).mean()
+
+    assert torch.allclose(loss(z, 0.0), loss_of(z))
+    assert torch.allclose(loss(z, 0.25), loss_of(0.75 * z + 0.25 * noise))
+    assert torch.allclose(loss(5 * z, 0.25), loss(z, 0.25))
 
 
 # --- Runs -----------------------------------------------------------------------------------------

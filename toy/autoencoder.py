@@ -13,11 +13,12 @@ The third trains on shards of `data.py pack`.
 
 The story in one paragraph: the loss is reconstruction, a little KL and a little meaning. The KL
 term keeps latents close together, so that what a denoiser gets almost right decodes to something
-right. The semantic term asks one Linear to read off each token which object covers it, and how
-that lies; it makes tokens in which a scene's facts lie open. At the end the tokens' mean and
-variance are measured once, and a fresh Linear on held-out scenes says how much can be read off them
-(the probe). Nobody knows what covers which token of one's own pictures: there the semantic term and
-the probe are left out, and a round trip of pictures that were kept aside says how good it is.
+right. The semantic term asks one Linear to read off each token, through noise, which object covers
+it and how that lies; it makes tokens in which a scene's facts stand out. At the end the tokens'
+mean and variance are measured once, and a fresh Linear on held-out scenes says how much can be read
+off them (the probe). Nobody knows what covers which token of one's own pictures: there the semantic
+term and the probe are left out, and a round trip of pictures that were kept aside says how good it
+is.
 
 Where this departs: everything here is [ours]. The paper takes FLUX.2's weights, whose own recipe is
 not published. The Linear of the semantic term is thrown away after training.
@@ -31,6 +32,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,7 +58,7 @@ from kit.run import (
     start_run,
 )
 from kit.state import check_same_run, kept_progress, load_state, save_state
-from lens import SIZES
+from lens import SIZES, add_noise
 from toy.labels import label_head, label_loss, labels, read_labels
 from toy.pictures import Pictures
 from toy.world import draw, random_scene
@@ -65,6 +67,7 @@ from vae import Attention, LensVAE, ResBlock
 LR = 1e-3                     # peak, of AdamW at batch 8
 MUON_LR = 3e-3                # peak, of Muon, for the kernels of convolutions
 EMA = 0.995                   # decay of the average of weights, which is what is saved
+MOST_NOISE = 0.9              # t of the noise through which the semantic term is read: 0 to this
 BATCH = {64: 8, 96: 4, 128: 2}     # pictures of each area: all cost about the same
 
 # Seeds of held-out scenes: no training seed draws the same ones.
@@ -80,7 +83,7 @@ class Settings:
     size: str = "toy"         # one of lens.SIZES
     steps: int = None         # how long: this many steps; None: `minutes` says it
     minutes: float = 20
-    semantic: float = 0.1     # weight of the semantic term; 0: none
+    semantic: float = 1.0     # weight of the semantic term; 0: none
     kl: float = 0.02          # weight of the KL term, per latent number
     dtype: str = "auto"       # "fp32" or "bf16" to compute in; "auto": the faster of the two
     save_every: int = 300     # steps
@@ -214,26 +217,40 @@ def kl_loss(mean, logvar):
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
-def losses(vae, head, pixels, covering, noise, semantic, kl, saturated=7):
+def semantic_loss(head, z, covering, noise, t):
+    """How badly a Linear reads off noised tokens what covers each of them: a number.
+
+    z, noise [B, c, H/8, W/8]        covering [B, h*w, 6]        t [B] in [0, 1)
+
+    The tokens are noised as a denoiser will see them. What has to be read through noise must stand
+    out: it takes more of a token's variance, and textures, which no caption tells, take less. Read
+    without noise, facts lie in the tokens but not on top, and the denoiser learns them later.
+    """
+    spread = z.detach().std((0, 2, 3), keepdim=True)                  # [1, c, 1, 1]
+    z = add_noise(z / spread, noise, t)
+    tokens = F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)       # [B, h*w, 4c], as to_tokens
+    return label_loss(head, tokens, covering).mean()
+
+
+def losses(vae, head, pixels, covering, draws, semantic, kl, saturated=7):
     """A batch's loss and its terms: (total, {"reconstruction", "kl", "semantic"}). A semantic term
     of weight 0 is left out.
 
-    pixels  uint8 [B, H, W, 3]        covering  [B, h*w, 6], or None where the semantic term is out
-    noise   [B, c, H/8, W/8], of the latent that is drawn from the posterior
-    saturated  see `reconstruction_loss`
+    pixels     uint8 [B, H, W, 3]     covering  [B, h*w, 6], or None where the semantic term is out
+    draws      Draws;  saturated: see `reconstruction_loss`
     """
-    images = to_images(pixels, noise.device)                          # [B, 3, H, W]
+    images = to_images(pixels, draws.t.device)                        # [B, 3, H, W]
     mean, logvar = vae.encode(images)
     mean, logvar = mean.float(), logvar.float()                       # [B, c, H/8, W/8]
-    z = mean + (0.5 * logvar).exp() * noise
+    z = mean + (0.5 * logvar).exp() * draws.posterior
     decoded = vae.decode(z).float()                                   # [B, 3, H, W]
 
     terms = {"reconstruction": reconstruction_loss(decoded, images, saturated),
              "kl": kl_loss(mean, logvar)}
     total = terms["reconstruction"] + kl * terms["kl"]
     if semantic > 0:
-        tokens = F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)   # [B, h*w, 4c], as to_tokens
-        terms["semantic"] = label_loss(head, tokens, covering.to(z.device)).mean()
+        covering = covering.to(z.device)
+        terms["semantic"] = semantic_loss(head, z, covering, draws.semantic, draws.t)
         total = total + semantic * terms["semantic"]
     return total, terms
 
@@ -374,10 +391,20 @@ def rate_factor(step, done):
     return min((step + 1) / 100, falling)
 
 
-def draw_noise(seed, step, shape):
-    """Noise of this step alone, so that a resume is exact."""
+class Draws(NamedTuple):
+    """The noise of one step."""
+    posterior: torch.Tensor   # [B, c, H/8, W/8], with which the latent is drawn from the posterior
+    semantic: torch.Tensor    # [B, c, H/8, W/8], through which the semantic term is read
+    t: torch.Tensor           # [B], how much of the latter
+
+
+def draw_step(seed, step, shape):
+    """-> Draws of this step alone, so that a resume is exact. shape: of the latent"""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-    return torch.randn(shape, generator=generator)
+    posterior = torch.randn(shape, generator=generator)
+    semantic = torch.randn(shape, generator=generator)
+    t = MOST_NOISE * torch.rand(shape[0], generator=generator)
+    return Draws(posterior, semantic, t)
 
 
 def make_optimizers(vae, params):
@@ -424,10 +451,10 @@ def train_step(run, settings, learner, batch, step, done):
     pixels, covering = batch                           # [B, H, W, 3], [B, h*w, 6] or None
     B, H, W, _ = pixels.shape
     latent_shape = (B, learner.vae.config["latent_channels"], H // 8, W // 8)
-    noise = run.move(draw_noise(run.seed, step, latent_shape))
+    draws = Draws(*[run.move(drawn) for drawn in draw_step(run.seed, step, latent_shape)])
 
     with run.autocast():                                              # the weights stay fp32
-        loss, terms = losses(learner.vae, learner.head, pixels, covering, noise,
+        loss, terms = losses(learner.vae, learner.head, pixels, covering, draws,
                              semantic=settings.semantic, kl=settings.kl,
                              saturated=settings.saturated)
     for optimizer in learner.optimizers:
