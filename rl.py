@@ -25,8 +25,8 @@ mean is the picture's reward. Compared with the mean of its group, a reward beco
 and that becomes a share r in [0, 1]: how much of this picture is something to move towards, and
 1 - r to move away from. No likelihood is needed and no trajectory is kept: the loss is flow
 matching's own, at noise levels of the sampler, on the model's own pictures. Such learning makes
-velocities longer than the frozen model's, and texture is lost that way: a penalty on what is too
-long holds them.
+velocities longer than the frozen model's, and texture is lost that way: a penalty on the excess
+keeps their length.
 
 Where this departs from the paper [ours]: that penalty is of a later paper (`norm_guard`;
 `--norm-guard 0` leaves it out); the second-order solver is Adams-Bashforth's, one forward a step
@@ -138,7 +138,7 @@ def optimality(advantage):
 
 
 def nft_loss(v, v_old, v_ref, x_t, x0, t, r, beta=1.0, kl=1e-4, adaptive=True):
-    """DiffusionNFT's loss per sample [B], and |v - v_ref|^2 per sample [B]. [paper]
+    """DiffusionNFT's loss, and the mean square of v - v_ref, each of a sample: [B], [B]. [paper]
 
     v         [B, N, C]  velocity of the learning policy
     v_old     [B, N, C]  of the policy that made the pictures
@@ -146,11 +146,13 @@ def nft_loss(v, v_old, v_ref, x_t, x0, t, r, beta=1.0, kl=1e-4, adaptive=True):
     x0, x_t   [B, N, C]  a picture of the old policy, and the same noised to t
     t, r      [B]        noise level, and the picture's optimality in [0, 1]
     beta                 how far v+ and v- stand apart from v_old
-    kl                   weight of |v - v_ref|^2
-    adaptive             divide each error by its mean size; False: tests compare with closed forms
+    kl                   weight of the mean square of v - v_ref
+    adaptive             divide each mean square error by the mean absolute one, so that a sample
+                         counts by the size of its error and not by the square; False: tests compare
+                         with closed forms
 
-    v+ = (1 - b) v_old + b v and v- = (1 + b) v_old - b v are mirror images: pulling v- to a bad
-    picture pushes v away from it.
+    v+ = (1 - beta) v_old + beta v and v- = (1 + beta) v_old - beta v are mirror images: pulling v-
+    to a bad picture pushes v away from it.
     """
     plus = (1 - beta) * v_old + beta * v                              # [B, N, C]
     minus = (1 + beta) * v_old - beta * v                             # [B, N, C]
@@ -242,7 +244,7 @@ class Settings:
     batch: int                # pictures a forward, in sampling and in training
     beta: float = 1.0         # of nft_loss [paper]
     kl: float = 1e-4          # of nft_loss [paper]
-    hinge: float = 0.3        # weight of norm_guard's excess; 0: off [NormGuard, 0.3 is ours]
+    norm_guard: float = 0.3   # weight of norm_guard's excess; 0: off [NormGuard, 0.3 is ours]
     decay: float = 0.9        # of the average of adapters that is evaluated and saved [ours]
     betas: tuple = (0.9, 0.999)      # of AdamW [paper]
     eps: float = 1e-8                # of AdamW [paper]
@@ -257,7 +259,7 @@ SETTINGS = {
     "toy": Settings(
         prompts=12, group=12, rank=8, alpha=8.0, lr=3e-3, steps=30,
         sampler_steps=10, times=2, base=128, batch=48),
-    # [paper] but for times and batch, and for hinge [NormGuard, ours]
+    # [paper] but for times and batch, and for norm_guard [NormGuard, ours]
     "full": Settings(
         prompts=48, group=24, rank=64, alpha=128.0, lr=3e-4, steps=180,
         sampler_steps=20, times=4, base=1024, batch=4),
@@ -377,10 +379,11 @@ def noised_batches(tokens, r, settings, rng):
 
 
 def group_loss(run, policies, group, r, total, key):
-    """Adds one group's gradient to `new`. -> sums of losses, drifts and lengths: [3], on the CPU.
+    """Adds one group's gradient to `new`. -> sums of losses, drifts and ratios of lengths: [3], on
+    the CPU.
 
     r      [G] optimality of the group's pictures
-    total  noised pictures of the whole step, by which losses are divided
+    total  number of noised pictures in the whole step, by which losses are divided
     key    (step, prompt): noise and its levels are drawn from (seed, *key, NO_PICTURE)
     """
     settings = policies.settings
@@ -399,7 +402,7 @@ def group_loss(run, policies, group, r, total, key):
 
         loss, drift = nft_loss(v, v_old, v_ref, x_t, x0, t, share, settings.beta, settings.kl)
         excess, length = norm_guard(v, v_ref)
-        loss = loss + settings.hinge * excess                         # [B]
+        loss = loss + settings.norm_guard * excess                    # [B]
         (loss.sum() / total).backward()
         sums += torch.stack([loss.sum(), drift.sum(), length.sum()]).detach().cpu()
     return sums
@@ -466,7 +469,7 @@ def rl_step(run, pipeline, policies, judge, rows, step):
         "reward": known_mean(rewards),             # None where no judgement came
         "spread": known_mean(rewards.std(1, correction=0)),          # of rewards within a group
         "rubrics": rubric_shares(answers, rows),
-        "drift": drift,                            # |v - v_ref|^2
+        "drift": drift,                            # mean square of v - v_ref
         "length": length,                          # |v| / |v_ref|, see norm_guard
         "brightness": brightness,                  # of the pictures, in [0, 1]
         "saturation": saturation,                  # likewise
@@ -892,8 +895,8 @@ def main(argv=None):
 
     settings = replace(settings, steps=args.steps or settings.steps, lr=args.lr or settings.lr)
     if args.norm_guard is not None:                # 0 is a weight too
-        settings = replace(settings, hinge=args.norm_guard)
-    same |= {"--lr": settings.lr, "--norm-guard": settings.hinge}
+        settings = replace(settings, norm_guard=args.norm_guard)
+    same |= {"--lr": settings.lr, "--norm-guard": settings.norm_guard}
     check_no_other_weights(args.out, adapter=True)
     check_same_run(args.out, same)
     run = start_run(args.out, args.seed, args.device)

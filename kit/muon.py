@@ -3,13 +3,16 @@
 Read before: nothing. train.py and toy/autoencoder.py train by it beside AdamW.
 
 A gradient of a matrix has few strong directions (the background of a picture) and many weak ones
-(a shape's corners). AdamW scales numbers one by one and leaves it so. Muon (Keller Jordan, 2024)
-makes all singular values of a step about equal, so that rare directions move as fast as common
-ones: for the denoiser and the autoencoder of the toy that means a lower loss after the same time.
+(a shape's corners). AdamW scales numbers one by one and leaves it so. Muon makes all singular
+values of a step about equal, so that rare directions move as fast as common ones: for the denoiser
+and the autoencoder of the toy that means a lower loss after the same time.
 
-PyTorch has a Muon, too. This one gives the same numbers (a test), takes convolutions, as matrices
-[out, in * rows * columns], and steps matrices of one shape together: the toy has fifty small ones,
-and one after another each waits for two cores to meet some thirty times.
+PyTorch has a Muon, too. This one gives the same numbers without weight decay (a test), takes
+convolutions, as matrices [out, in * rows * columns], and steps matrices of one shape together: the
+toy has fifty small ones, and one by one each would cost some thirty small products, after each of
+which threads wait for one another.
+
+[Muon] is kellerjordan.github.io/posts/muon; the length of a step is Moonshot's (arXiv 2502.16982).
 """
 import math
 
@@ -24,7 +27,7 @@ ITERATIONS = 5
 class Muon(torch.optim.Optimizer):
     """params: matrices [n, k], or kernels of convolutions [n, k, rows, columns].
 
-    lr         a step is as long as one of AdamW's would be with this rate (Moonshot, 2025)
+    lr         a step is as long as one of AdamW's would be with this rate
     momentum   decay of the gradients' average, which is taken as Nesterov's
     """
 
@@ -52,15 +55,16 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(averages, grads, 1 - momentum)
         ahead = torch.stack(torch._foreach_lerp(grads, averages, momentum))
 
-        matrices = ahead.flatten(2)                                   # [B, n, k]
+        matrices = ahead.flatten(2)                                   # [P, n, k]
         changes = orthogonal(matrices).view_as(ahead)
-        # An orthogonal matrix has numbers of size 1 / sqrt(max(n, k)); AdamW's steps are of 0.2.
+        # An orthogonal matrix has numbers of size 1 / sqrt(max(n, k)); AdamW's steps have about
+        # 0.2 lr.
         rate = lr * 0.2 * math.sqrt(max(matrices.shape[1:]))
         torch._foreach_add_(params, list(changes.unbind()), alpha=-rate)
 
 
 def orthogonal(matrices):
-    """The orthogonal matrices nearest to matrices [B, n, k], about: [B, n, k] bf16, all singular
+    """The orthogonal matrices nearest to matrices [P, n, k], about: [P, n, k] bf16, all singular
     values near 1. By Newton-Schulz iterations, products alone: an SVD would take far longer."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
@@ -68,7 +72,7 @@ def orthogonal(matrices):
     x = x.bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)          # no singular value above 1
     for _ in range(ITERATIONS):
-        gram = x @ x.mT                                               # [B, n, n]
+        gram = x @ x.mT                                               # [P, n, n]
         update = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, update, x, beta=a)
     return x.mT if tall else x

@@ -235,7 +235,7 @@ def reward_of(answers, rubrics):
 
 
 def rubric_shares(answers, rows):
-    """{rubric: share of yes}; the held-out ones count as one, "held_out".
+    """{rubric: share of yes}, and "held_out": that of all which are held out, together.
 
     answers: for each row, for each of its pictures, the answers to the row's rubrics
     """
@@ -243,12 +243,14 @@ def rubric_shares(answers, rows):
     for group, row in zip(answers, rows):
         for judged in group:
             for answer, rubric in zip(judged, row["rubrics"]):
-                name = "held_out" if rubric.get("held_out") else rubric["name"]
-                if answer is not None:
-                    by_name[name].append(answer)
+                if answer is None:
+                    continue
+                by_name[rubric["name"]].append(answer)
+                if rubric.get("held_out"):
+                    by_name["held_out"].append(answer)
 
     # A file's rubrics have a thousand names: the commonest are enough.
-    common = sorted(by_name, key=lambda name: -len(by_name[name]))[:16]
+    common = sorted(by_name, key=lambda name: (name != "held_out", -len(by_name[name])))[:16]
     return {name: round(sum(by_name[name]) / len(by_name[name]), 4) for name in common}
 
 

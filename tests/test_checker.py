@@ -11,6 +11,7 @@ from PIL import Image, ImageFilter
 from torch import nn
 
 from data import bucket, buckets
+from kit.rubrics import COHERENT, reward_of
 from toy.checker import (
     DRAWN,
     FOLD,
@@ -37,6 +38,7 @@ from toy.checker import (
     texture_shares,
     token_diversity,
 )
+from toy.rubrics import TEXTURED
 from toy.world import (
     AREAS,
     COLORS,
@@ -279,6 +281,16 @@ def test_specks_are_seen_by_the_held_out_rubric_alone():
     assert after[-1] is False
     assert after[:-1] == before[:-1]
     assert all(before)
+
+
+@pytest.mark.parametrize("fill, ground, textured", [
+    ("plain", "plain", False), ("striped", "plain", True), ("shaded", "plain", True),
+    ("plain", "bands", True), ("plain", "speckle", True)])
+def test_texture_is_witnessed_and_not_rewarded(fill, ground, textured):
+    picture = draw(lone("circle", fill=fill, texture=ground), 128, 128)
+    (answers,) = Checker()([picture], [{"rubrics": [COHERENT, TEXTURED]}])
+    assert answers == [True, textured]
+    assert reward_of(answers, [COHERENT, TEXTURED]) == 1.0
 
 
 def test_specks_are_a_share_of_the_picture():

@@ -35,7 +35,8 @@ def test_rows_of_the_toy_take_the_tasks_in_turn_and_claim_what_is_drawn():
 
         claims = [rubric["fact"] for rubric in row["rubrics"] if "fact" in rubric]
         assert claims == facts(scene, details)
-        assert row["rubrics"][-2:] == [kit_rubrics.COHERENT, kit_rubrics.CLEAN]
+        assert row["rubrics"][-3:] == [
+            kit_rubrics.COHERENT, kit_rubrics.CLEAN, toy_rubrics.TEXTURED]
         assert all(check_facts(draw(scene, *row["size"]), claims))
 
 

@@ -242,9 +242,9 @@ def test_no_velocity_at_all_has_a_gradient():
         assert torch.equal(gradients[0], torch.zeros_like(v))
 
 
-def policies_that_have_learnt(hinge):
+def policies_that_have_learnt(norm_guard):
     """rl.Policies of a random nano model, whose `new` and `old` have left the reference."""
-    settings = replace(rl.SETTINGS["nano"], hinge=hinge)
+    settings = replace(rl.SETTINGS["nano"], norm_guard=norm_guard)
     policies = rl.Policies(random_model(), settings, seed=0)
     rng = torch.Generator().manual_seed(5)
     for p in policies.parameters("new") + policies.parameters("old"):
@@ -260,8 +260,8 @@ def gradient_of(policies):
 
 
 def test_the_guard_is_added_to_a_steps_loss_and_weight_0_leaves_it_as_it_was():
-    policies = policies_that_have_learnt(hinge=0.0)
-    guarded = policies_that_have_learnt(hinge=0.3)
+    policies = policies_that_have_learnt(norm_guard=0.0)
+    guarded = policies_that_have_learnt(norm_guard=0.3)
     run, config, rng = Run("unused"), policies.model.config, torch.Generator().manual_seed(6)
     tokens = torch.randn(4, 6, config.in_channels, generator=rng)
     text = [torch.randn(1, 3, config.enc_hidden_dim, generator=rng) for _ in range(2)]
@@ -482,7 +482,9 @@ def test_a_run_learns_from_the_frozen_model(whole):
     for row in log:
         assert math.isfinite(row["loss"])
         assert 0 <= row["reward"] <= 1
-        assert set(row["rubrics"]) >= {"coherent", "held_out"}
+        assert set(row["rubrics"]) >= {"coherent", "held_out", "clean", "textured"}
+        held_out = (row["rubrics"]["clean"] + row["rubrics"]["textured"]) / 2
+        assert row["rubrics"]["held_out"] == pytest.approx(held_out, abs=1e-3)
     assert "<polyline" in (whole / "curves.svg").read_text()
 
 

@@ -5,7 +5,7 @@ Read before: sample.py; tools/speedrun.sh, which ends with this.
     python tools/summary.py runs/speedrun
 
 The same twelve held-out prompts, two of each task, with seeds 0 to 11, after each stage; they are
-not selected. Every row is drawn by `sample.generate`, as `sample.py` would.
+not selected. What a denoiser made was made by `sample.generate`, as `sample.py` would.
 """
 import json
 import sys
@@ -46,8 +46,10 @@ PER_TASK = 2                                   # prompts of the strip
 def table(out):
     """The stages of the speedrun in `out` as a table in Markdown: minutes and scores."""
     seconds = seconds_of(out / "stages" / "seconds.txt")
+    seconds.pop("summary", None)                   # of a summary before this one
     total = minutes(sum(seconds.values()))
-    lines = ["| stage | minutes | score | fidelity | outline |", "|---|---|---|---|---|"]
+    lines = ["| stage | minutes | score | fidelity (0 is best) | outline |",
+             "|---|---|---|---|---|"]
     for title, stage, scored in TABLE:
         cells = ["-"] * (1 + len(SHOWN))
         if stage:
@@ -123,7 +125,7 @@ def rewrite_brief_requests(weights, system_prompt):
 
 
 def home_side(weights):
-    """Of the pictures that weights draw, in pixels."""
+    """Side of the pictures that these weights draw by default, in pixels."""
     return int(read_metadata(weights)["base"])
 
 

@@ -64,13 +64,13 @@ from toy.pictures import Pictures
 from toy.world import draw, random_scene
 from vae import Attention, LensVAE, ResBlock
 
-LR = 1e-3                     # peak, of AdamW at batch 8
+LR = 1e-3                     # peak, of AdamW, whatever the batch
 MUON_LR = 3e-3                # peak, of Muon, for the kernels of convolutions
 EMA = 0.995                   # decay of the average of weights, which is what is saved
 MOST_NOISE = 0.9              # t of the noise through which the semantic term is read: 0 to this
 BATCH = {64: 8, 96: 4, 128: 2}     # pictures of each area: all cost about the same
 
-# Seeds of held-out scenes: no training seed draws the same ones.
+# Seeds of held-out scenes, which a run with a usual --seed does not draw.
 PROBE_TRAIN = 1_000_001
 PROBE_TEST = 1_000_002
 PREVIEW = 1_000_004
@@ -196,7 +196,7 @@ def reconstruction_loss(decoded, images, saturated=7):
     of one, would be learnt late.
     """
     off = decoded - images                                            # [B, 3, H, W]
-    chroma = images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
+    chroma = images.amax(1, keepdim=True) - images.amin(1, keepdim=True)           # in [0, 2]
     is_saturated = (chroma > 0.4).float()                             # [B, 1, H, W]
     weight = 1 + (saturated - 1) * F.max_pool2d(is_saturated, 5, stride=1, padding=2)
 
@@ -222,13 +222,15 @@ def semantic_loss(head, z, covering, noise, t):
 
     z, noise [B, c, H/8, W/8]        covering [B, h*w, 6]        t [B] in [0, 1)
 
-    The tokens are noised as a denoiser will see them. What has to be read through noise must stand
-    out: it takes more of a token's variance, and textures, which no caption tells, take less. Read
-    without noise, facts lie in the tokens but not on top, and the denoiser learns them later.
+    The latent is noised much as a denoiser will see it. What has to be read through noise must
+    stand out: it takes more of a token's variance, and textures, which no caption tells, take less.
+    Read without noise, facts lie in the tokens but not on top, and the denoiser learns them later.
     """
+    # Detached, so that a fact may grow by itself, which the KL term limits. With a gradient, all
+    # else in its channel would be pushed down to make room for it.
     spread = z.detach().std((0, 2, 3), keepdim=True)                  # [1, c, 1, 1]
     z = add_noise(z / spread, noise, t)
-    tokens = F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)       # [B, h*w, 4c], as to_tokens
+    tokens = F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)       # [B, h*w, 4c]
     return label_loss(head, tokens, covering).mean()
 
 
@@ -330,7 +332,7 @@ def psnr(decoded, images):
     """The peak signal-to-noise ratio of each picture in dB: [B]; half the error is 6 dB more. Both
     [B, 3, H, W] in [-1, 1]."""
     error = (decoded.clamp(-1, 1) - images).square().mean((1, 2, 3))
-    return 10 * torch.log10(4 / error)
+    return 10 * torch.log10(2**2 / error)                             # from -1 to 1 it is 2
 
 
 @torch.no_grad()
@@ -486,7 +488,8 @@ def train(run, settings, pictures=None):
         progress = Progress(**saved)
         run.say(f"resuming at step {progress.step}, {progress.seconds / 60:.1f} minutes in")
     if progress.dtype == "auto":
-        pixels, _ = make_batch(run.seed, 0)        # drawn in any case: it is timed, not learnt
+        # Drawn scenes for pictures of one's own, too: it is timed, not learnt.
+        pixels, _ = make_batch(run.seed, 0)
         progress.dtype = choose_dtype(run, learner.vae, pixels)
     run.bf16 = progress.dtype == "bf16"
 
@@ -553,7 +556,7 @@ def finish(run, settings, ema, progress, report, command, pictures=None):
 
 def measure_on_scenes(run, settings, ema, report):
     """Statistics and probe on held-out scenes -> {"probe": scores}."""
-    batches = report // 5 + 1                      # by default 101, of about 7 scenes each
+    batches = report // 5 + 1                      # by default 101, of 5.4 scenes on average
     set_statistics(ema, STATISTICS, batches, run.device)
     scores = probe(ema, run.device, train_scenes=4 * report, test_scenes=report)
     run.say(f"semantic {settings.semantic}: a linear probe on held-out scenes gets "
@@ -564,15 +567,15 @@ def measure_on_scenes(run, settings, ema, report):
 
 def measure_on_pictures(run, ema, report, pictures):
     """Statistics on the pictures that were learnt, and a round trip of those that were kept aside
-    -> {"psnr": dB, "psnr_learnt": dB}, the second of about as many that were learnt: far above the
-    first where they are too few, or were seen too often. weights/toy has 34 dB on drawn scenes."""
+    -> {"psnr": dB, "psnr_learnt": dB}, the second of as many that were learnt: far above the first
+    where they are too few, or were seen too often. weights/toy has 34 dB on drawn scenes."""
     planned = pictures.epoch(0)[:report]
     measure_statistics(ema, pictures.load(planned), len(planned), run.device)
 
     count = min(report, len(pictures.aside))
     aside = round_trip(ema, pictures.kept_aside(count), count, run.device)
-    planned = planned[:count]
-    learnt = round_trip(ema, pictures.load(planned), len(planned), run.device)
+    ones = [batch._replace(samples=batch.samples[:1]) for batch in planned[:count]]
+    learnt = round_trip(ema, pictures.load(ones), len(ones), run.device)
     run.say(f"encoded and decoded, {count} of the pictures that were kept aside have a PSNR of "
             f"{aside:.1f} dB, and some that were learnt {learnt:.1f} dB; {run.out}/preview.png "
             "shows the former")

@@ -196,8 +196,9 @@ def regions(labels):
 
 
 def rim_weights(chroma):
-    """How much of each of a region's pixels is covered, [n] in [0, 1]: a half-covered rim pixel has
-    half the chroma of the others, and counts a half."""
+    """About how much of each of a region's pixels is covered, [n] in [0, 1]: a half-covered rim
+    pixel has half the chroma of the others, and counts a half. It is steep, so that the dark
+    stripes of a fill, with three quarters of the chroma, count whole."""
     return (2 * chroma / np.quantile(chroma, 0.8) - 0.5).clip(0, 1)
 
 
@@ -349,7 +350,8 @@ class Checker:
     """The toy world's judge: it looks at the pixels alone.
 
     judge(pictures, rows) -> for each picture the answers to its row's rubrics, each True or False.
-    row["rubrics"]: [{"name", "check", "fact"}]; a rubric without a fact is "coherent" or "clean".
+    row["rubrics"]: [{"name", "check", "fact"}]; a rubric without a fact is "coherent", "clean" or
+    "textured".
     """
     failed = ()          # a judge at an endpoint counts its failures here; this one has none
 
@@ -367,6 +369,9 @@ class Checker:
             return all(obj.shape != "unclear" for obj in seen.objects)
         if rubric["name"] == "clean":
             return specks(picture, seen.objects) < 0.01
+        if rubric["name"] == "textured":
+            fills, ground = textures(picture)
+            return {*fills, ground} != {"plain"}
         raise ValueError(f"the checker knows no rubric {rubric['name']} without a fact")
 
 
@@ -419,7 +424,8 @@ def outlines(image):
     angle: intersection over union of their pixels, in [0, 1].
 
     Drawn pictures of 128 x 128 have 0.97, since pixels are coarse. A blob that is no shape is held
-    against the shape that it is nearest to. image: as in `look`
+    against the shape that it is nearest to. It is of what is found: an object that is missing, or
+    one too many, is for `check_facts` to tell. image: as in `look`
     """
     rgb = rgb_of(image)
     height, width = rgb.shape[:2]
@@ -459,6 +465,8 @@ class Reader(NamedTuple):
 
     def read(self, numbers):
         """[n, d] -> [n] names."""
+        if len(numbers) == 0:
+            return []
         scaled = (np.asarray(numbers) - self.mean) / self.spread
         votes = with_one(scaled) @ self.weights
         return [self.names[k] for k in votes.argmax(1)]
@@ -472,8 +480,8 @@ def with_one(numbers):
 def fit_reader(names, numbers, truth):
     """Reader by least squares on one-hot votes. numbers [n, d]; truth: [n] names.
 
-    Its borders lie about half way between two textures: stripes of less than half their contrast
-    are read as none.
+    Its borders lie near the middle between two textures: stripes of less than about half their
+    contrast are read as none.
     """
     numbers = np.array(numbers)
     mean, spread = numbers.mean(0), numbers.std(0)
@@ -568,24 +576,29 @@ DRAWN = {"fidelity": 0.0, "outline": 0.97, "stripes": 1 / 3, "shading": 1 / 3, "
          "speckle": 1 / 3}
 
 
+def textures(picture):
+    """-> ([one of FILLS for each object], one of TEXTURES for the ground). picture: as in `look`"""
+    read_fill, read_ground = texture_readers()
+    rgb = rgb_of(picture)
+    chroma = chroma_of(rgb)
+    fills = [fill_numbers(rgb, region) for region in objects_in(rgb, chroma)]
+    return read_fill.read(fills), read_ground.read([ground_numbers(rgb, chroma)])[0]
+
+
 def texture_shares(pictures):
     """{"stripes", "shading": share of the objects, "bands", "speckle": share of the pictures} in
     which each is read. Of drawn pictures each has a third. pictures: as in `look`"""
-    read_fill, read_ground = texture_readers()
-    fills, grounds = [], []
+    all_fills, grounds = [], []
     for picture in pictures:
-        rgb = rgb_of(picture)
-        chroma = chroma_of(rgb)
-        fills += [fill_numbers(rgb, region) for region in objects_in(rgb, chroma)]
-        grounds.append(ground_numbers(rgb, chroma))
+        fills, ground = textures(picture)
+        all_fills += fills
+        grounds.append(ground)
 
-    seen_fills = read_fill.read(fills) if fills else []
-    seen_grounds = read_ground.read(grounds)
     shares = {}
     for name, texture in FILL_SHARES.items():
-        shares[name] = round(seen_fills.count(texture) / max(len(seen_fills), 1), 3)
+        shares[name] = round(all_fills.count(texture) / max(len(all_fills), 1), 3)
     for name, texture in GROUND_SHARES.items():
-        shares[name] = round(seen_grounds.count(texture) / len(seen_grounds), 3)
+        shares[name] = round(grounds.count(texture) / len(grounds), 3)
     return shares
 
 
@@ -596,7 +609,7 @@ ROUND_TRIP_SEED = 1_000_003
 
 
 class HeldOut(NamedTuple):
-    """A prompt that no training run draws."""
+    """A prompt of a scene that no training run draws (the same words may be)."""
     task: str            # one of TASKS
     scene: Scene         # one scene of which the prompt is true
     claims: list         # [Fact]: what the prompt claims
@@ -685,7 +698,8 @@ def frechet_distance(a, b):
 
 
 def token_diversity(tokens):
-    """Root mean square distance between a prompt's pictures, a token channel. tokens [G, N, C]."""
+    """Root mean square distance between a prompt's pictures, of a token's channel: two draws differ
+    by twice their variance. tokens [G, N, C], G at least 2"""
     return (2 * tokens.float().var(0, correction=1)).mean().sqrt().item()
 
 
@@ -694,7 +708,8 @@ def round_trip(vae, device, scenes=500, noise=0.0):
     """Share of drawn scenes that keep every fact after pixels -> tokens -> pixels.
 
     It is what a perfect denoiser would score; the autoencoder that we ship has at least 0.98.
-    noise: that much is added to every (unit-variance) token first: no denoiser is exact either.
+    noise: of this standard deviation is added to every (unit-variance) token first: no denoiser is
+    exact either.
     """
     dtype = next(vae.parameters()).dtype
     sizes = [size for area in AREAS for size in data.buckets(area)]

@@ -22,10 +22,10 @@ def labels(scene, height, width):
 
     It tells of the object that has most of the cell:
         0, 1   shape and colour, counted from 1 in the order of SHAPES and COLORS
-        2, 3   its centre seen from the cell's (column, row), in cells
-        4      its size, in cells
-        5      its angle, radians
-    All six are 0 where no object has a seventh of the cell.
+        2, 3   its centre less the cell's: columns to the right, rows down, in cells
+        4      its size, the radius of a disc of its area, in cells
+        5      its angle, radians (toy.world.MAX_TILT keeps it below half a symmetry's turn)
+    All six are 0 where no object has a seventh of the cell: less hardly shows.
     """
     h, w = height // 16, width // 16
     row, column = np.mgrid[:h, :w] + 0.5                              # [h, w], centres of cells
@@ -50,12 +50,14 @@ def labels(scene, height, width):
 
 
 def label_sizes():
-    """How wide the parts of a head's output are: none or a shape, none or a colour, the pose."""
+    """How wide the parts of a head's output are: logits of "none" and each shape, of "none" and
+    each colour, and the pose's four numbers."""
     return 1 + len(SHAPES), 1 + len(COLORS), 4
 
 
 def label_head(width):
-    """The Linear that label_loss reads with, all zeros: it knows nothing yet."""
+    """The Linear that label_loss reads with. All zeros: it knows nothing yet, and at first leaves
+    the tokens alone."""
     head = nn.Linear(width, sum(label_sizes()))
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
@@ -63,8 +65,8 @@ def label_head(width):
 
 
 def read_labels(head, tokens):
-    """What a head says of tokens [..., W]: logits of none or a shape, of none or a colour, and the
-    pose [..., 4]."""
+    """What a head says of tokens [..., W], each divided by its root mean square first: logits of a
+    shape, of a colour, and the pose [..., 4]."""
     tokens = F.rms_norm(tokens.float(), tokens.shape[-1:])
     return head(tokens).float().split(label_sizes(), -1)
 
@@ -73,7 +75,8 @@ def label_loss(head, tokens, covering):
     """How badly a Linear reads off tokens what covers each of them: [B] fp32.
 
     tokens [B, N, W]        covering [B, N, 6], as `labels` tells it
-    Cross-entropy of shape and of colour, and where there is an object the L1 of its pose.
+    Cross-entropy of shape and of colour, and where there is an object the L1 of its pose, summed
+    over its four numbers. The mean is over all tokens, so pose counts by how much is covered.
     """
     shape, color, pose = read_labels(head, tokens)                    # [B, N, classes or 4]
     true_shape, true_color = covering[..., 0].long(), covering[..., 1].long()

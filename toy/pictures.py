@@ -87,8 +87,9 @@ class Pictures:
 # --- Captions -------------------------------------------------------------------------------------
 
 def read_captions(pattern):
-    """-> ([its captions] of each picture of shards that has some, how many pictures have none).
-    Latents that `data.py cache` wrote still have theirs. LensError where no picture has any."""
+    """-> ([its captions] of each picture of shards that has some, how many have none, or none that
+    can be read). Latents that `data.py cache` wrote still have theirs. LensError where no picture
+    has any."""
     shards = data.Shards(pattern, [(data.CELL, data.CELL)])
     captions = []
     for i in tqdm(range(len(shards.rows)), "captions", unit="picture", leave=False):
@@ -106,8 +107,8 @@ def read_captions(pattern):
 
 
 def caption_in_turn(captions, turn, rng):
-    """A text for one of a picture's captions. The captions take turns, and so do the forms of each:
-    as it stands; its parts in another order; one of its parts alone.
+    """A text for one of a picture's captions. The captions take turns: in the first round each as
+    it stands; in the second each with its parts in another order; in the third one part of each.
 
     >>> caption_in_turn(["a cat", "cat, face, smile"], turn=1, rng=None)
     'cat, face, smile'
