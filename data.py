@@ -177,8 +177,23 @@ def bases_of(sizes):
     return ",".join(str(height) for height, width in sizes if height == width)
 
 
+def areas_of(sizes):
+    """[n] the area, in pixels, that each size (h, w) belongs to: that of the nearest square among
+    them. The sizes of one base are not quite equal, small ones differ by up to a third. A size that
+    is farther from all squares has its own."""
+    h, w = np.array(sizes).T
+    squares = np.unique(h[h == w])
+    areas = h * w
+    if len(squares):
+        off = np.log(areas[:, None] / squares**2)                     # [n, squares]
+        nearest = np.abs(off).argmin(1)
+        areas = np.where(np.abs(off).min(1) < np.log(1.4), squares[nearest] ** 2, areas)
+    return areas
+
+
 def choose_buckets(height, width, sizes):
-    """[n] index into sizes: the largest area that a picture fills, and there the nearest ratio.
+    """[n] index into sizes: the largest area that a picture fills, or nearly (where there is none,
+    the one that enlarges it least), and there the nearest ratio.
 
     height, width  [n] pixels        sizes  [(h, w)]
     [ours]
@@ -187,10 +202,10 @@ def choose_buckets(height, width, sizes):
     h, w = np.array(sizes).T                                          # [buckets]
 
     # Three wishes in one sum, heaviest first. The picture is hardly enlarged: each 1% costs 1. The
-    # area is large: twice the side gains 4 (rounded, so that the sizes of an area are equal: 36 for
-    # all of base 512, 40 for 1024). The ratio is near: one off by a factor of 2 costs 0.7.
+    # area is large: twice the side gains 4 (36 for all sizes of base 512, 40 for those of 1024).
+    # The ratio is near: one off by a factor of 2 costs 0.7.
     enlarged = np.log(np.maximum(h / height, w / width)).clip(min=0)  # [n, buckets]
-    area = np.round(2 * np.log2(h * w))
+    area = np.round(2 * np.log2(areas_of(sizes)))
     off_ratio = np.abs(np.log(height / width) - np.log(h / w))
     return (100 * enlarged - area + off_ratio).argmin(axis=1)
 
@@ -207,7 +222,9 @@ class PlannedBatch(NamedTuple):
 def plan(buckets, lengths, batch, seed, epoch):
     """An epoch as [PlannedBatch]: every sample once, one bucket a batch, like lengths together.
 
-    buckets, lengths  [n] int        batch  {bucket: samples in a batch}
+    buckets, lengths  [n] int
+    batch  {bucket: samples in a batch}; a bucket that is not in it is left out
+
     What does not fill a batch makes a smaller one: nothing is lost. The order is a function of the
     arguments alone, so all that a resumed run needs to know is how many batches are done.
     """
@@ -230,7 +247,8 @@ def plan(buckets, lengths, batch, seed, epoch):
 
 @dataclass
 class Batch:
-    """What the denoiser learns from."""
+    """What the denoiser learns from. Its tensors may lie on different devices: who takes it moves
+    them."""
     samples: np.ndarray           # [B] which samples of the source these are
     epoch: int
     grid: tuple                   # (h, w) tokens
@@ -307,9 +325,9 @@ class FaultCount:
 
 # --- Shards ---------------------------------------------------------------------------------------
 
-# Endings of what `cache` writes. In a picture's place: its tokens, in bf16. The files say "latent",
-# so the word stays, though elsewhere in the code a latent has not been cut into tokens yet. Beside
-# it: the features of its captions, one after the other, in bf16.
+# Endings of what `cache` writes. In a picture's place: its tokens, in bf16. (Elsewhere in the code
+# a latent is what has not been folded into tokens yet; the files' ending is older.) Beside it: the
+# features of its captions, one after the other, in bf16.
 LATENT = ".latent"
 FEATURES = ".features"
 
@@ -696,8 +714,9 @@ def padded(features):
 
 
 def encoder_dtype(weights):
-    """What autoencoder and text encoder, Places or a name, compute in when they encode for
-    training: fp32 for the toy's, which are small enough; None: as they are stored."""
+    """The dtype in which autoencoder and text encoder of `weights`, Places or a name, encode for
+    training: fp32 for the toy's, which are small enough and known by an autoencoder of fewer
+    channels than FLUX.2's; None: as they are stored."""
     _, config = locate(fetch(gather(weights).vae, ("vae",)), "vae")
     full = lens.SIZES["full"].vae["latent_channels"]
     channels = (config or {}).get("latent_channels", full)
@@ -866,9 +885,9 @@ def cache(pattern, sizes, weights, out, with_text=False):
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
     count = sum(len(index(target)[0]) for target in targets)
-    size = sum(target.stat().st_size for target in targets) / 2**20
+    size = in_bytes(sum(target.stat().st_size for target in targets))
     what = "latents and prompt features" if with_text else "latents"
-    print(f"{out}: {what} of {count} pictures in {len(targets)} tars, {size:,.1f} MB; "
+    print(f"{out}: {what} of {count} pictures in {len(targets)} tars, {size}; "
           f"{len(stale)} tars were encoded now, {len(targets) - len(stale)} were there already; "
           f"{len(faults)} pictures were left out")
     if shards.sizes == sorted_by_area(usual_sizes(vae)):
@@ -1068,7 +1087,8 @@ def classifier_option(text):
 
 
 def bases_option(text):
-    """"64,96" -> the sizes of both areas; "64x64" is that size alone. An argparse type."""
+    """"64,96" -> the sizes of both areas; "64x128" is that width and height alone. An argparse
+    type."""
     sizes = []
     for base in text.split(","):
         one_size = re.fullmatch(r"(\d+)x(\d+)", base)

@@ -59,6 +59,7 @@ from kit.checkpoint import load_pipeline, save_pipeline, unsharded
 from kit.files import Parser, not_negative, positive, require, run_command, seed_number, user_path
 from kit.images import contact_sheet, save_png
 from kit.places import (
+    PARTS,
     Places,
     add_part_flags,
     base_from,
@@ -107,10 +108,10 @@ CRITIC = 4                 # [paper] updates of fake and heads to one of the stu
 PULL = 0.1                 # [paper] weight of L_DM + L_CA
 IDA = 0.03                 # [paper] phi <- 0.97 phi + 0.03 theta
 R1_GAMMA = 1.0             # [paper] weight of R1
-R1_NOISE = 0.1             # [paper] how far R1 moves a picture
+R1_NOISE = 0.1             # [paper] standard deviation of what R1 adds to a noised picture
 R1_SHARE = 0.25            # [ours] share of a batch that R1 looks at
 BETAS = (0.0, 0.9)         # [paper] of AdamW: an adversary's old gradients mislead
-MARGIN = 0.02              # [ours] left out at both ends of the levels: nothing can be learnt there
+MARGIN = 0.02              # [ours] share of a range left out at both of its ends, see draw_levels
 TERMS = ("ca", "dm", "gan", "ida")
 
 
@@ -124,7 +125,7 @@ class Settings:
     heads_lr: float        # learning rate of the discriminator's heads
     gan: float             # weight of L_G
     guidance: float        # of the teacher, to be distilled
-    average: float         # decay of the student's average
+    average: float         # decay of the student's average, which the toy's 100 steps do not reach
     without: frozenset = frozenset()       # terms that are left out, to see what they do
 
 
@@ -264,7 +265,8 @@ def pull(y, gradient):
 # --- The discriminator: heads on the frozen teacher's image tokens --------------------------------
 
 def places(blocks):
-    """Blocks whose output the heads read: after a third, two thirds and all of them. [ours]"""
+    """Numbers, from 0, of the blocks whose output the heads read: about a third and two thirds of
+    the way in, and the last. [ours]"""
     return sorted({blocks // 3, 2 * blocks // 3, blocks - 1})
 
 
@@ -324,7 +326,8 @@ def approximate_r1(plain, moved):
 
 # --- Who plays ------------------------------------------------------------------------------------
 
-def make_players(base, heads, seed, lora=0, recompute="none", compiled=False, shard_dtype=None):
+def make_players(base, heads, seed, lora=0, recompute="none", compiled=False, shard_dtype=None,
+                 device=None):
     """-> Players: student, fake and average all start as the teacher.
 
     base         the teacher; all weights are fp32, though products may be bf16
@@ -332,6 +335,7 @@ def make_players(base, heads, seed, lora=0, recompute="none", compiled=False, sh
     lora         rank of adapters; 0: whole models
     recompute    see LensTransformer.set_recompute
     shard_dtype  under FSDP the type of products; None: each process holds all weights
+    device       where the players will run: under FSDP the base is still on the CPU
     """
     models = {"teacher": base}
     for who in ("student", "fake", "ema"):
@@ -351,8 +355,9 @@ def make_players(base, heads, seed, lora=0, recompute="none", compiled=False, sh
     for who, model in models.items():
         model.set_recompute(recompute)
         if compiled:
-            compile_blocks(model, fullgraph=False)
-        if shard_dtype is not None:                # the teacher stays fp32, for R1; else autocast
+            compile_blocks(model, fullgraph=False, device=device)
+        if shard_dtype is not None:
+            # The teacher's weights stay fp32, as R1 needs; elsewhere autocast casts its products.
             share_out(model, None if who == "teacher" else shard_dtype)
 
     # Looked up once, here: after a forward under FSDP, named_parameters may give gathered copies.
@@ -526,7 +531,8 @@ def student_update(run, players, batch, optimizers, settings):
         ca = normalised(ca_gradient(v_cond, v_uncond, t, settings.guidance), leaf,
                         lens.data_prediction(x, v_cond, t))
 
-    # A term that is left out is still measured, for the log.
+    # DM or CA that is left out is still measured, for the log. The cosine tells how alike fake and
+    # teacher see y: at 1 DM has nothing left to say.
     dm_weight = 0.0 if "dm" in settings.without else PULL
     ca_weight = 0.0 if "ca" in settings.without else PULL
     loss = dm_weight * pull(leaf, dm) + ca_weight * pull(leaf, ca)
@@ -551,6 +557,9 @@ def student_update(run, players, batch, optimizers, settings):
     y.backward(force)
     norm = descend(run, optimizers["student"])
     if "ida" not in settings.without:
+        fake = players.models["fake"]
+        if isinstance(fake, FSDPModule):           # its root is still gathered, as it was before
+            fake.reshard()
         follow(players.weights("fake").values(), players.weights("student").values(), IDA)
 
     report = {"loss": loss.item(), **terms, "grad_norm": norm, "spread": spread(leaf.detach())}
@@ -765,11 +774,14 @@ def train_student(run, players, optimizers, source, settings, progress, output, 
         if run.rank == 0:
             bar.write(message)
 
+    unsound = 0                                    # steps in a row that could not be learnt from
     while progress.step < steps:
         begin = time.perf_counter()
         report, batch = distillation_step(run, players, batches, optimizers, settings,
                                           progress.step)
         report = mean_over_ranks(run, report)
+        unsound = 0 if math.isfinite(report["grad_norm"] + report["fake_norm"]) else unsound + 1
+        train.check_sound(unsound)
         stop = any(gathered(notice.given))         # a notice to one rank stops all
         progress.step += 1
         progress.seconds += time.perf_counter() - begin
@@ -780,7 +792,9 @@ def train_student(run, players, optimizers, source, settings, progress, output, 
         if due(schedule.preview_every, progress.step, steps):
             viewer.sheet(run.out / f"preview-{progress.step:05d}.png")
         h, w = batch.grid
-        log(step=progress.step, **loggable(report), k=batch.k, size=f"{16 * w}x{16 * h}",
+        report = {name: round(value, 6) for name, value in report.items()}
+        log(step=progress.step, **report, k=batch.k,
+            size=train.size_name((data.CELL * h, data.CELL * w)),
             seconds=round(progress.seconds, 2))
         if stop or due(schedule.save_every, progress.step, steps):
             save(run, players, optimizers, progress, output)
@@ -789,17 +803,11 @@ def train_student(run, players, optimizers, source, settings, progress, output, 
         bar.update()
         bar.set_postfix_str(f"dm {report['dm']:.2f}, ca {report['ca']:.2f}, "
                             f"fake {report['fake_loss']:.3f}")
-        if stop:
+        if stop and progress.step < steps:
             bar.close()
             run.say_stopped(progress.step)
             sys.exit(0)
     bar.close()
-
-
-def loggable(report):
-    """Six digits after the point; None, which JSON can hold, for what is not finite."""
-    return {name: round(value, 6) if math.isfinite(value) else None
-            for name, value in report.items()}
 
 
 def open_source(run, stage, output, pattern):
@@ -826,7 +834,7 @@ def distill(run, size, teacher, settings, same, schedule, pattern=None, lora=0, 
     """
     config, stage = lens.SIZES[size].transformer, settings.stage
     usual_text, _ = train.text_tokens(size)
-    why = choose(run, config, (stage.home // 16) ** 2 + usual_text, kept_progress(run.out))
+    why = choose(run, config, (stage.home // data.CELL)**2 + usual_text, kept_progress(run.out))
     use_attention(run.attention)
 
     # The frozen models, and the four that play.
@@ -844,7 +852,7 @@ def distill(run, size, teacher, settings, same, schedule, pattern=None, lora=0, 
         shard_dtype = torch.bfloat16 if run.bf16 else torch.float32
     heads = make_heads(config, run.seed).to(run.device)
     players = make_players(base, heads, run.seed, lora, "full" if size == "full" else "none",
-                           compiled, shard_dtype)
+                           compiled, shard_dtype, run.device)
 
     optimizers = make_optimizers(players, settings)
     progress = Progress()
@@ -880,7 +888,8 @@ def export(student_folder, teacher, folder, rank, device, score_at=None):
 
     score_at  (height, width) at which the adapter is scored on the toy's tasks; None: it is not
     """
-    model, vae, encoder = load_pipeline(teacher, device, torch.float32)
+    parts = ("transformer",) if score_at is None else PARTS
+    model, vae, encoder = load_pipeline(teacher, device, torch.float32, parts=parts)
     student, _, _ = load_pipeline(student_folder, device, torch.float32, parts=("transformer",))
     notes = read_metadata(student_folder)
     require(student.config == model.config,
@@ -920,7 +929,8 @@ def arguments(argv):
     add("--guidance", type=float,
         help="the teacher's, to be distilled (default: what the size says)")
     add("--lr", type=float,
-        help="the student's; the fake's keeps its ratio to it (default: what the size says)")
+        help="the student's; the fake's keeps its ratio to it (default: what the size says, ten "
+             "times that with --lora)")
     add("--fsdp", action="store_true",
         help="under torchrun: weights and moments are shared out over the ranks")
     add("--export", type=user_path, metavar="DIR",

@@ -265,7 +265,8 @@ def rope_table(grid, text_len, axes, device):
     """(cos, sin) of every joint token's angles: [h*w + text_len, 1, head_dim/2, 2], always fp32.
 
     Computed in bf16, the angle at position 40 would be off by a tenth of a radian. The table is
-    cached: a training run meets few grids and lengths. The axis of length 1 stands for the heads.
+    cached: a sampler asks for the same one at every step. The axis of length 1 stands for the
+    heads.
     """
     h, w = grid
     # A cached inference-mode tensor could not be used in training later.
@@ -319,7 +320,7 @@ class RMSNorm(nn.Module):
 
 
 def modulate(x, norm, shift, scale):
-    """norm(x) * (1 + scale) + shift, for x [B, N, W] and shift, scale [B, 1, W].
+    """norm(x) * (1 + scale) + shift, for x [B, N, W] and shift, scale [B or 1, 1, W].
 
     The norm's own weight goes into the scale, which is one row a picture. On x it would cost one
     more pass over all tokens.
@@ -343,7 +344,8 @@ class SwiGLU(nn.Module):
 
 
 def attend(q, k, v, mask=None):
-    """Attention over q, k, v [B, N, H, D] -> [B, N, H * D]."""
+    """Attention over q, k, v [B, N, H, D] -> [B, N, H * D]. mask [B, 1, 1, N]: True where a key is
+    visible; None: all are."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, H, N, D]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
@@ -423,7 +425,7 @@ class Block(nn.Module):
         return img_mod, txt_mod
 
     def forward(self, img, txt, time, modulation, rope, mask):
-        """img [B, N, W], txt [b, S, W] or None, time [B, W] -> img, txt.
+        """img [B, N, W], txt [b, S, W] or None, time [B or 1, W] -> img, txt.
 
         modulation: what `modulation_of` gave before, for time; None: it is made here.
         """
@@ -488,8 +490,8 @@ class Context(NamedTuple):
 
 
 class Modulation(NamedTuple):
-    """What depends on t alone, and takes a third of the full model's weights to compute: made for
-    all T steps of a sampler at once."""
+    """What depends on t alone, made for all T steps of a sampler at once. It takes a third of the
+    model's weights: 12 of a block's 36 W^2."""
     time: Tensor               # [T, W]
     blocks: tuple              # per block (image, text) [T, 6, 1, W], or None: made in the block
     out: Tensor                # [T, 2 W]
@@ -509,7 +511,7 @@ class LensTransformer(nn.Module):
         super().__init__()
         width = config.inner_dim
         self.config = config
-        self.records_graphs = False    # its blocks are CUDA graphs: see kit.run.compile_blocks
+        self.records_graphs = False    # True: its blocks run as CUDA graphs, see kit.run
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": nn.ModuleDict({
             "linear_1": nn.Linear(256, width),
             "linear_2": nn.Linear(width, width),
@@ -547,8 +549,9 @@ class LensTransformer(nn.Module):
         return self
 
     def unread(self):
-        """Names of the parameters that no output depends on: those that only the last block's text
-        output needs. They get no gradient; DDP and LoRA must know."""
+        """Names of the parameters that are never run, since only the last block's text output
+        would need them. They get no gradient; DDP and LoRA must know. (What makes that block's text
+        queries is run in vain: its gradient is zero.)"""
         last = f"transformer_blocks.{self.config.num_layers - 1}."
         dead = (last + "attn.to_add_out.", last + "txt_norm2.", last + "txt_mlp.")
         return [name for name, _ in self.named_parameters() if name.startswith(dead)]
@@ -577,7 +580,7 @@ class LensTransformer(nn.Module):
     def prepare(self, text, text_mask, grid):
         """The work that does not depend on t: -> Context.
 
-        text       list of K [B, S, E], features of the encoder's layers; None: no text at all
+        text       K x [B, S, E], features of K layers of the encoder; None: no text at all
         text_mask  [B, S] bool; None: every token is visible. (It is not found out here: to look
                    into a mask, the CPU would have to wait for the GPU.)
         grid       (h, w) image tokens
@@ -651,10 +654,11 @@ def build(size, seed=0):
 def sigmas(image_tokens, steps):
     """Levels of the sampler, fp32 [steps + 1], 1 first and 0 last.
 
-    More tokens show the same picture through more noise, so larger pictures spend more of their
-    steps near t = 1: the odds of every level, t / (1 - t), are multiplied by e^mu. The fit of mu is
-    empirical [checkpoint]: it grows with the number of tokens, and up to 4300 of them it falls with
-    the number of steps. A constant mu, as other code bases have it (1.15, 1.83), is wrong.
+    The odds of every level, t / (1 - t), are multiplied by e^mu, so that more steps lie near t = 1:
+    the more tokens, the more noise it takes to hide a picture. The fit of mu is empirical
+    [checkpoint]. Up to 4300 tokens it grows with them and falls with the number of steps. Above, it
+    depends on the tokens alone, and begins again lower: 2.22 at 4300 and 1.18 at 4301, for 20
+    steps. A constant mu, as other code bases have it (1.15, 1.83), fits one size at most.
     """
     mu_200 = 0.00016927 * image_tokens + 0.45666666                # at 200 steps
     mu_10 = 8.73809524e-05 * image_tokens + 1.89833333             # at 10 steps
@@ -762,7 +766,8 @@ class TextEncoder:
 
         Head, prompt and tail are tokenized apart, so that only the prompt is cut where it is too
         long: the tail's features are part of the condition. The ids are those of the whole text,
-        since head and tail end and begin with a marker (Qwen's head with a line's end).
+        since head and tail end and begin with a marker (Qwen's head with a line's end, so there
+        only where the prompt does not begin with white space).
         """
         head, tail = (self.tokens(part) for part in self.chat())
         room = max(0, self.max_length - len(head) - len(tail))
@@ -788,6 +793,7 @@ class TextEncoder:
 
         ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
         positions = torch.arange(longest, device=device)
+        # L is the longest chat, S without its head.
         visible = positions < torch.tensor(lengths, device=device)[:, None]        # [B, L]
         features = text_features(self.model, ids, visible.long(), self.layers)     # K x [B, L, E]
 
@@ -802,7 +808,7 @@ class TextEncoder:
         """[prompt] -> [its own features [K, S, E]], nothing padded: equal lengths run together.
 
         Empty prompts give None: an empty prompt is never encoded, it is no text at all
-        [checkpoint].
+        [checkpoint]. (One of markers alone is encoded, as the empty string.)
         """
         features = [None] * len(prompts)
         by_length = {}

@@ -61,7 +61,7 @@ class Reasoner:
 
 
 TRIALS = 8                   # how often a request is asked for before the user's own words stand
-LONGEST_REQUEST = 2000       # characters; the text encoder reads no more than that of a prompt
+LONGEST_REQUEST = 2000       # characters, about what the text encoder reads of a prompt
 
 
 def reason(writes, requests, system, seed=0, faithful=None):
@@ -182,7 +182,7 @@ class GumbelNoise:
     """A logits processor for `generate`, which makes the likeliest token a sampled one.
 
     The largest of scores with Gumbel noise is a sample of their softmax; with T times the noise, a
-    sample at temperature T.
+    sample at temperature T, since s + T g is largest where s / T + g is.
     """
 
     def __init__(self, names):
@@ -216,8 +216,8 @@ SEARCH = {
     "full": Search(summary=48, pairs=192, final=300),
 }
 
-# The chance that a search accepts anything where all system prompts are equally good, however many
-# it tries. [ours]
+# The chance that a search accepts anything where no system prompt's rewards are distributed
+# otherwise than the first one's, however many it tries. [ours]
 ERROR = 0.02
 FLIPS = 20_000            # sign patterns that the test draws at a time
 
@@ -281,7 +281,8 @@ def climb(start, trial, propose, steps, pairs, candidates, write, seed=0):
 
     trial(which, k, systems) -> (rewards [len(systems), n], the failures under each in words): the
         same requests and noises under each system prompt. which: "summary", or one of "pairs 1"
-        and "pairs 2", the halves of the pairs. k: from 0; each candidate's requests are drawn anew.
+        and "pairs 2", the halves of the pairs. k: from 0; each candidate's requests are drawn anew,
+        from the same set.
     propose(system, failures, tried) -> a better system prompt than `system`, or None. tried: all so
         far, `system` among them
     steps        candidates in all
@@ -369,7 +370,7 @@ class Trials:
     def __call__(self, which, k, systems):
         """-> (rewards [len(systems), n], the failures under each of them in words).
 
-        which: one of `parts`;  k: each candidate has other requests
+        which: one of `parts`;  k: for each candidate the part is drawn anew from its set
         """
         members, part = self.parts[which]
         # The 1 stands for this use of the seed. The permutation is the same for both halves of the

@@ -17,7 +17,8 @@ In real use a language model writes prompts and rubrics, and a vision-language m
 
     python rl.py --write-prompts prompts.jsonl --pool 8000 --endpoint URL --model NAME
     python tools/budget.py rl --size full                # what a step would take
-    torchrun --nproc-per-node 8 rl.py --size full --init DIR --data prompts.jsonl --endpoint URL
+    torchrun --nproc-per-node 8 rl.py --size full --init DIR --data prompts.jsonl \\
+        --endpoint URL --model NAME
 
 The story in one paragraph. The `old` policy makes a group of pictures for each prompt, from
 different noises, without guidance. A judge answers each rubric of each picture with yes or no; the
@@ -122,7 +123,7 @@ def advantages(rewards):
     agrees, its own spread would be near 0. A failed judgement is no reward: its advantage is 0.
     """
     known = ~rewards.isnan()
-    # In fp64: in fp32 the mean of equal rewards may be a rounding off; over 1e-4 that counts.
+    # In fp64: in fp32 the mean of equal rewards may be a rounding off, and over 1e-4 that counts.
     value = rewards.nan_to_num().double()
     mean = value.sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp_min(1)          # [P, 1]
     spread = value[known].std(correction=0) if known.any() else value.new_zeros(())
@@ -245,7 +246,8 @@ class Settings:
     beta: float = 1.0         # of nft_loss [paper]
     kl: float = 1e-4          # of nft_loss [paper]
     norm_guard: float = 0.3   # weight of norm_guard's excess; 0: off [NormGuard, 0.3 is ours]
-    decay: float = 0.9        # of the average of adapters that is evaluated and saved [ours]
+    decay: float = 0.9        # of the average of adapters that is evaluated and saved; in the toy's
+                              # 30 steps it comes to 0.77 (kit.run.average_decay) [ours]
     betas: tuple = (0.9, 0.999)      # of AdamW [paper]
     eps: float = 1e-8                # of AdamW [paper]
     weight_decay: float = 1e-4       # of AdamW [paper]
@@ -517,6 +519,7 @@ def picture_statistics(groups):
 # many lost steps in a row: what would be learnt without rewards is nothing. [ours]
 LOST_SHARE = 0.5
 LOST_STEPS = 3
+CHECKED = 120             # scenes at most that --judge-check shows a judge
 
 
 @dataclass
@@ -599,6 +602,7 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
 
     log, notice, stop = Log(run, progress.step), Notice(), False
     lost, lost_limit = 0, min(LOST_STEPS, settings.steps)
+    unsound = 0                                    # steps in a row that could not be learnt from
     bar = tqdm(total=settings.steps, initial=progress.step, desc="RL", unit="step",
                mininterval=2, disable=run.rank > 0)
     while progress.step < settings.steps and not stop:
@@ -611,6 +615,8 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
 
         is_lost = row["failures"] > LOST_SHARE * settings.prompts * settings.group
         lost = lost + 1 if is_lost else 0
+        unsound = 0 if math.isfinite(row["grad_norm"]) else unsound + 1
+        train.check_sound(unsound)
 
         stop = any(gathered(notice.given)) or lost == lost_limit
         row |= watch_and_view(run, viewer, progress, row, schedule, bar)
@@ -626,7 +632,7 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
             f"stopped and saved at step {progress.step}: most pictures of {lost} steps in a row "
             f"got no judgement, {dict(collections.Counter(judge.failed))}; once the judge answers "
             "again, the same command goes on")
-    if stop:
+    if stop and progress.step < settings.steps:
         run.say_stopped(progress.step)
     else:
         prompt = None                              # the six tasks are the toy world's
@@ -649,9 +655,10 @@ def watch_and_view(run, viewer, progress, row, schedule, bar):
     """What may follow a step: a warning, an evaluation, a contact sheet. -> more for the log."""
     more = {}
     step, steps = progress.step, viewer.policies.settings.steps
-    held_out_share = row["rubrics"].get("held_out", 0.0)
-    progress.history.append((row["reward"] or 0.0, row["diversity"], held_out_share))
-    warning = gaming(progress.history)
+    if row["reward"] is not None:                  # else nothing was judged
+        held_out_share = row["rubrics"].get("held_out", 0.0)
+        progress.history.append((row["reward"], row["diversity"], held_out_share))
+    warning = gaming(progress.history) if progress.history else ""
     if warning:
         more["warning"] = warning
         if step % 10 == 0 and run.rank == 0:
@@ -850,7 +857,8 @@ def main(argv=None):
 
     if args.judge_check:
         judge = make_judge(args.endpoint, args.model)
-        print_judge_check(judge, min(args.pool, 120), args.seed, data.bucket(sample.TOY_BASE))
+        count = min(args.pool, CHECKED)
+        print_judge_check(judge, count, args.seed, data.bucket(sample.TOY_BASE))
         return
 
     if args.merge:
@@ -893,6 +901,7 @@ def main(argv=None):
         print(f"done: {command}")
         return
 
+    require(args.lr is None or args.lr > 0, f"--lr {args.lr}: must be above 0")
     settings = replace(settings, steps=args.steps or settings.steps, lr=args.lr or settings.lr)
     if args.norm_guard is not None:                # 0 is a weight too
         settings = replace(settings, norm_guard=args.norm_guard)

@@ -100,7 +100,7 @@ BASE = 1024              # [checkpoint] pictures of 1024 x 1024
 PER_TASK = 50            # [ours] prompts of --eval
 TOY_BASE = 128           # [ours] the toy's own size
 MAX_AREA = 1440**2       # [paper] works too, though training ends at 1024 x 1024
-USUAL_TEXT = 128         # text tokens of a usual caption: the paper's have 109 words
+USUAL_TEXT = 128         # text tokens of a usual caption, about: the paper's have 109 words
 STRENGTH = 0.7           # [ours] the share of the steps that is run on a picture of --image
 BATCH = 16               # pictures that are made, and then written, at a time
 
@@ -115,7 +115,7 @@ def denoise(model, noise, text, text_mask, grid, steps, guidance=1.0, negative=N
     noise         [B, N, C] fp32, N = h * w; with a `start` above 0 the state at that level
     text          K x [B, S, E]; None: no text at all
     text_mask     [B, S] bool; None: every token is visible
-    grid          (h, w) tokens;  steps: number of levels
+    grid          (h, w) tokens;  steps: of the whole way;  start: the first of them that is run
     guidance      1.0: none, and one forward a step
     negative      features of a negative prompt, as `text`; None: that branch sees no text at all
     on_step       called as on_step(i, x, v) after step i
@@ -188,7 +188,7 @@ def guide(cond, uncond, guidance):
     """u + g (c - u), each token then scaled to the length of c: [B, N, C]. [checkpoint]
 
     c, u, g: the velocity with the prompt (cond), without it (uncond), and the guidance. Without the
-    scaling, guided tokens grow longer than any that the decoder has met, and colours burn out.
+    scaling guided velocities are too long, tokens leave the range of data, and colours burn out.
     """
     guided = uncond + guidance * (cond - uncond)
     length = guided.norm(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -228,7 +228,9 @@ def generate(prompts, pipeline=None, weights=TOY, seed=0, seeds=None, height=Non
 
     steps, guidance = sampler_settings(notes, steps, guidance)
     base = usual_base(notes, channels)
-    height, width = height or base, width or base
+    height, width = height or width or base, width or height or base
+    require(height % 16 == 0 and width % 16 == 0,
+            f"size {width} x {height}: both sides must be divisible by 16")
     grid = data.grid_of((height, width))
     if seeds is None:
         seeds = [seed + i for i in range(len(prompts))]
@@ -330,7 +332,7 @@ def evaluate(pipeline, height, width, steps, guidance, per_task=50, seed=0, styl
     """-> (scores, pictures, prompts) of held-out prompts, `per_task` for each of the six tasks.
 
     scores     each task's share of prompts all of whose facts hold, `overall` (their mean), and
-               what no fact holds, see toy.checker.score
+               measures of the pictures beside the facts, see toy.checker.score
     style      how the scenes are asked for: dense, brief or vague
     rewrite    [prompt] -> [prompt], the reasoner
     diversity  adds `diversity`, see `measure_diversity`
@@ -370,15 +372,15 @@ def measure_diversity(pipeline, height, width, steps, guidance, progress=False):
 def pick_size(height, width, aspect, base):
     """(height, width) in pixels from what was asked for: a height or a width, else aspect and base.
     LensError unless both sides are divisible by 16, the ratio lies within 1:2 and 2:1, and the area
-    is at most 1440^2."""
+    is at most 1440^2, or the size is in the released model's table of that base."""
     if height or width:
         height, width = height or width, width or height           # one side alone: a square
     else:
         with error_context("--aspect"):
             height, width = data.bucket(base, aspect or "1:1")
 
-    name = f"size {height} x {width}"
-    near = f"{max(16, height // 16 * 16)} x {max(16, width // 16 * 16)}"
+    name = f"size {width} x {height}"
+    near = f"{max(16, width // 16 * 16)} x {max(16, height // 16 * 16)}"
     require(min(height, width) > 0 and height % 16 == 0 and width % 16 == 0,
             f"{name}: both sides must be positive and divisible by 16 (say {near})")
     short, long = sorted((height, width))
@@ -390,8 +392,9 @@ def pick_size(height, width, aspect, base):
 
 
 def warn_of_size(height, width, home):
-    """Where a picture is far from the weights' home size, `home` pixels a side. The toy's pictures
-    of 96 to 192 pixels are as good as those of 128; at 256 one of six is right, at 48 none."""
+    """Warns where a picture is far from the weights' home size, `home` pixels a side. The toy's
+    pictures of 96 to 192 pixels are as good as those of 128; at 256 one of six is right, at 48
+    none."""
     if not home / 2 <= math.sqrt(height * width) <= 1.5 * home:
         print(f"warning: these weights draw {home} x {home} pixels; of {width} x {height} expect "
               f"noise, or objects that are cut or repeated (--base {home} is the usual size)",
@@ -399,7 +402,7 @@ def warn_of_size(height, width, home):
 
 
 def warn_of_base(lora, trained, weights):
-    """Where a LoRA is merged into other weights than it was trained over.
+    """Warns where a LoRA is merged into other weights than it was trained over.
 
     trained   the files of those, as far as they are known;  weights: where the denoiser is
     """

@@ -25,9 +25,10 @@ Where the toy departs from the paper [ours]: its pictures are encoded once and k
 several captions (drawing and encoding cost as much as a training step); the learning rate falls to
 zero over the last half of a stage (in the paper it stays, and an average over a long run stands in
 for that); most of the blocks' matrices are trained by Muon (`make_optimizers`); times sit nearer 1
-(`TOY_TIMES`), and stars are drawn more often (`SHAPE_ODDS`); stage 1 has a second loss: a linear
-head on an early block must tell the shape, the colour and the pose of what covers each token
-(`toy/labels.py`). At every size, a step whose loss is far above the usual is left out (`SPIKE`).
+(`TOY_TIMES`, `QUICK_TIMES`); stage 2 draws stars more often (`SHAPE_ODDS`); stage 1 has a second
+loss: a linear head on an early block must tell the shape, the colour and the pose of what covers
+each token (`toy/labels.py`). At every size, a step whose loss is far above the usual is left out
+(`SPIKE`).
 """
 import argparse
 import copy
@@ -66,10 +67,12 @@ from kit.images import contact_sheet
 from kit.lora import add_lora, save_lora, write_for_comfyui
 from kit.muon import Muon
 from kit.places import (
+    INDEX_NAME,
     Places,
     add_part_flags,
     base_from,
     command_for_next_part,
+    expanded,
     fetch,
     gather,
     has_parts,
@@ -217,7 +220,8 @@ def stage_of(size, number):
 # --- The loss and one step ------------------------------------------------------------------------
 
 def flow_matching_loss(model, batch, noise, t, on_block=None):
-    """|v_model(x_t, t, text) - (noise - x0)|^2, per sample [B] in fp32. Rectified flow. [paper]
+    """Mean square of v_model(x_t, t, text) - (noise - x0) over tokens and channels: [B] fp32.
+    Rectified flow. [paper]
 
     batch      data.Batch;  noise [B, N, C];  t [B] in (0, 1)
     on_block   as in LensTransformer.velocity_from
@@ -233,6 +237,8 @@ def train_step(run, model, micro_batches, optimizers, stage, labels=None, label_
 
     run         kit.run.Run: this process among its peers, its device and its precision
     model       what is called: the denoiser, or DDP or FSDP around it
+    micro_batches    iterable of MicroBatch;  optimizers: of `make_optimizers`
+    stage       for where its times sit
     labels      LabelReader, or None;  label_weight: of its loss beside the velocity's
     usual_loss  a step far above it is left out, see StepReport.sound
     notice      kit.run.Notice: one in the middle of a step still ends the run after it
@@ -414,8 +420,8 @@ def deal(step_batches, rank, ranks):
 
     They are dealt in turn, as cards are: of five, two ranks get 0, 2, 4 and 1, 3. So what the ranks
     compute at one moment takes them about equally long. Here the second rank has none for the third
-    moment. It computes batch 0 again, which does not count: gradients are exchanged by all ranks or
-    by none.
+    moment. It computes the cheapest again, which does not count: gradients are exchanged by all
+    ranks or by none.
     """
     moments = -(-len(step_batches) // ranks)
     mine = []
@@ -423,7 +429,7 @@ def deal(step_batches, rank, ranks):
         if k < len(step_batches):
             mine.append((step_batches[k], True))
         else:
-            mine.append((step_batches[0], False))
+            mine.append((step_batches[-1], False))
     return mine
 
 
@@ -442,8 +448,8 @@ def flops(model, tokens, length):
     """FLOPs of one training step for one picture of so many image and text tokens.
 
     6 for each weight and each token that meets it, forward and backward, or 4 if the weight is
-    frozen; 12 W N^2 for each block's attention. Recomputation is not counted: it is not work that
-    trains.
+    frozen; 12 W (N + S)^2 for each block's attention, of width W over N image and S text tokens.
+    Recomputation is not counted: it is not work that trains.
     """
     def meets(name):
         if "_mod." in name or "time" in name or "norm_out" in name:
@@ -521,7 +527,7 @@ class Learner:
 
 class WithLabels(nn.Module):
     """The denoiser and its label head as one module, so that DDP and FSDP see the parameters of
-    both. The head is called in `losses_of`."""
+    both. The head is called in `losses_of`: until then FSDP leaves gathered what is in no block."""
 
     def __init__(self, denoiser, head):
         super().__init__()
@@ -602,6 +608,14 @@ class Progress:
                 "touched the weights; the last checkpoint is whole. Try a lower learning rate")
 
 
+def check_sound(unsound):
+    """LensError where so many steps in a row, of rl.py or distill.py, had a gradient that was not
+    finite, and so changed nothing."""
+    require(unsound < PATIENCE, f"{unsound} steps in a row had a gradient that was not finite: "
+            "none of them touched the weights; the last checkpoint is whole. Try a lower learning "
+            "rate")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """When things happen beside the steps; each a number of steps, 0 for never."""
@@ -629,14 +643,15 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
 
     steps     of each stage; None: the stage's own;  accumulate: micro-batches a rank and step
     pattern   of shards, as in --data; None: the toy world
-    parts     Places of the autoencoder and the text encoder, or the name of both; None: the
-              toy's, or those that the shards were cached by
+    parts     Places of the autoencoder and the text encoder, or the name of both; None: those of
+              `init`, else the toy's, or those that the shards were cached by
     init      weights to start from, a folder, file or hub id; None: random ones
     base_dtype    of what is frozen under an adapter, one of BASE_DTYPES
     """
     config = lens.SIZES[size].transformer
     settings = {"--size": size, "--seed": run.seed, "--init": init, "--lora": lora,
                 "--data": "the toy world" if pattern is None else "shards",
+                "--parts": None if parts is None or is_own(parts, run.out) else str(parts),
                 # None for fp32: runs from before there was a choice have none.
                 "--base-dtype": None if base_dtype == "fp32" else base_dtype}
     check_same_run(run.out, settings)
@@ -656,7 +671,7 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     usual_text, _ = text_tokens(size)
     # Over a base in bf16 or less, products are in bf16.
     asked = None if base_dtype == "fp32" else "bf16"
-    why = choose(run, config, (home // 16)**2 + usual_text, kept, asked)
+    why = choose(run, config, (home // data.CELL)**2 + usual_text, kept, asked)
     use_attention(run.attention)
 
     # One learner for all stages, which share betas and Muon. A label head stays in stage 2 too,
@@ -674,6 +689,8 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
         progress = Progress(**kept)
         run.say(f"resuming {run.out} at step {progress.total} "
                 f"(stage {progress.stage}, step {progress.step})")
+        require(progress.stage <= max(stages), f"{run.out} is in stage {progress.stage} already, "
+                f"past --stage {max(stages)}: leave out --stage, or give another --out")
     progress.bf16, progress.attention = run.bf16, run.attention
     progress.with_labels = with_labels
 
@@ -711,6 +728,12 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     if pattern is not None:
         prompt = min(output.shown, key=len, default="...")
     run.say(f"done: {sample.command_to_see(run.out, prompt)}")
+
+
+def is_own(parts, out):
+    """Whether both parts are those in a run's own folder, where any later call finds them."""
+    places = gather(parts)
+    return {str(places.vae), str(places.text_encoder)} == {str(out)}
 
 
 def make_denoiser(run, size, init, base_dtype):
@@ -751,7 +774,7 @@ def open_inputs(run, size, pattern, parts, init):
     with rank_zero_first(run):                     # which makes the shards' indices
         cached = None if pattern is None else data.cached_inputs(pattern)
     if cached is None:
-        parts = gather(parts or sample.TOY)
+        parts = gather(parts or parts_of(init))
         # The toy's parts are small enough for fp32.
         dtype = torch.float32 if size in TOY_SIZES else None       # None: as they are stored
         _, vae, encoder = load_pipeline(parts, run.device, dtype, parts=("vae", "text_encoder"))
@@ -769,6 +792,17 @@ def open_inputs(run, size, pattern, parts, init):
     data.check_cached(cached, parts, init, config.selected_layer_index)
     return Inputs(gather(parts or cached.weights), vae=None, encoder=None, vae_hash=cached.vae_hash,
                   text_key=cached.text_key)
+
+
+def parts_of(init):
+    """Where autoencoder and text encoder come from if nobody says: from the model that training
+    starts from, which knows no other latents; where there is none, or it is a denoiser alone, from
+    weights/toy."""
+    if init is None:
+        return sample.TOY
+    folder = expanded(init)
+    alone = folder.is_file() or (folder.is_dir() and not (folder / INDEX_NAME).exists())
+    return sample.TOY if alone else init
 
 
 def text_tokens(size):
@@ -891,6 +925,8 @@ def epoch_number(stage, epoch):
 
 
 def rate_factor(stage, step):
+    """The learning rate over the stage's, after so many of its steps. Where it does not fall it
+    rises over 1000 steps [ours]."""
     if stage.decay:
         return learning_rate_factor(step, stage.steps, warmup=100)
     return min(1.0, (step + 1) / 1000)
@@ -915,7 +951,7 @@ def log_row(run, progress, report):
         "stage": progress.stage,
         "loss": report.loss if report.sound else None,
         "grad_norm": report.grad_norm if report.sound else None,
-        "loss_by_t": [round(loss, 4) if loss and math.isfinite(loss) else None
+        "loss_by_t": [round(loss, 4) if report.sound and loss is not None else None
                       for loss in report.loss_by_t],
         "label_loss": round(report.label_loss, 4) if report.sound and report.label_loss else None,
         "skipped": progress.skipped,
@@ -952,7 +988,7 @@ def after_step(run, stage, learner, progress, output, log, schedule, row, words,
     if stop or due(schedule.save_every, step, steps):
         save(run, stage, learner, progress=progress, output=output, words=words)
         log.draw()
-    if stop:
+    if stop and step < steps:                      # at a stage's end, train_denoiser looks itself
         bar.close()
         run.say_stopped(progress.total)
         sys.exit(0)
@@ -1018,12 +1054,14 @@ def export(run, target, parts):
     stored = {}
     for name, w in transformer.state_dict().items():
         # w is the model's own memory, so what is scored is what is stored: fp32 numbers that bf16
-        # holds exactly. save_pipeline makes them bf16.
+        # holds exactly, here and below. save_pipeline makes them bf16.
         stored[name] = w.copy_(w.bfloat16())
         if w.ndim == 2 and name.startswith("transformer_blocks"):
             stored[name], scale = e4m3(w)
             stored[name.removesuffix("weight") + "scale_weight"] = scale.view(())
             w.copy_(stored[name].float() * scale)
+    for w in (*vae.parameters(), *encoder.model.parameters()):
+        w.copy_(w.bfloat16())
 
     notes = read_metadata(run.out)
     height, width = data.bucket(int(notes["base"]))
@@ -1077,7 +1115,8 @@ def arguments(argv):
     add("--out", type=user_path, default="runs/toy", metavar="DIR",
         help="checkpoint, metrics, curves, previews (default: %(default)s)")
     add("--parts", metavar="DIR_OR_REPO",
-        help="autoencoder and text encoder (default: those of --out, else of weights/toy)")
+        help="autoencoder and text encoder (default: those of --out, else of --init, else of "
+             "weights/toy)")
     add_part_flags(add)
     add("--init", metavar="DIR_FILE_OR_REPO",
         help="start from these weights, not from random ones")
@@ -1159,10 +1198,10 @@ def main(argv=None):
         check_both_parts(args.out, args.size, args.data)
     parts = args.parts or (args.out if has_parts(args.out) else None)
     if parts or args.vae or args.text_encoder:
-        parts = gather(parts or sample.TOY, args.vae, args.text_encoder)
+        parts = gather(parts or parts_of(args.init), args.vae, args.text_encoder)
     if args.export:
         if run.rank == 0:                          # small work, for one process
-            export(run, args.export, parts or sample.TOY)
+            export(run, args.export, parts or parts_of(args.init))
         return
     compiled = args.compile
     if compiled is None:

@@ -32,7 +32,7 @@ CONFIG_KEYS = ("block_out_channels", "latent_channels", "norm_num_groups", "laye
 # --- Parts of both halves -------------------------------------------------------------------------
 
 def group_norm(groups, width):
-    """GroupNorm with eps 1e-6, not torch's 1e-5: flat regions have a tiny variance. [checkpoint]"""
+    """GroupNorm with eps 1e-6, as the weights were trained, not torch's 1e-5. [checkpoint]"""
     return nn.GroupNorm(groups, width, eps=1e-6)
 
 
@@ -105,8 +105,8 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x):                                         # [B, C, H, W] -> [B, C, H/2, W/2]
-        # Right and bottom only: with symmetric padding each level would be half a pixel off
-        # against the released weights. [checkpoint]
+        # Right and bottom only: with padding on all sides each level would look a pixel of its
+        # input further up and left than the released weights do. [checkpoint]
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -236,7 +236,7 @@ class LensVAE(nn.Module):
 
     def encode(self, images):
         """Images [B, 3, H, W] in [-1, 1] -> the posterior's mean and log variance, [B, c, H/8, W/8]
-        each."""
+        each. Tokens are made of the mean; the autoencoder's own training draws from the two."""
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)        # early in training exp(logvar) would be infinite
 
@@ -245,7 +245,8 @@ class LensVAE(nn.Module):
         return self.decoder(self.post_quant_conv(latent))
 
     def to_tokens(self, latent):
-        """Latent [B, c, 2h, 2w] -> tokens [B, h*w, 4c] of zero mean and unit variance."""
+        """Latent [B, c, 2h, 2w] -> tokens [B, h*w, 4c]: over the training's pictures each channel
+        has mean 0 and variance 1."""
         mean, std = self.statistics()
         # Folded 2x2: the new channel counts (channel, row, column), column fastest. [checkpoint]
         z = F.pixel_unshuffle(latent, 2).float()                  # [B, 4c, h, w]
@@ -257,12 +258,12 @@ class LensVAE(nn.Module):
         mean, std = self.statistics()
         z = tokens.float().transpose(1, 2)                        # [B, 4c, h*w]
         z = z.unflatten(2, tuple(grid)) * std + mean              # [B, 4c, h, w], channels last
-        z = z.contiguous()                                        # a CPU decodes it faster in fp32
+        z = z.contiguous()                    # in fp32 a CPU decodes this layout faster
         return F.pixel_shuffle(z, 2).to(tokens.dtype)             # [B, c, 2h, 2w]
 
     def statistics(self):
-        """Mean and standard deviation of the folded latent, [4c, 1, 1] each. In fp32: bf16 would
-        round sqrt(var + 1e-4) to three digits."""
+        """Mean and standard deviation of the folded latent, [4c, 1, 1] each. In fp32, as
+        kit/checkpoint.py keeps them: bf16 has two to three digits."""
         mean = self.bn.running_mean.float()
         std = torch.sqrt(self.bn.running_var.float() + self.bn.eps)
         return mean[:, None, None], std[:, None, None]

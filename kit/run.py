@@ -83,7 +83,7 @@ class Run:
 
 def start_run(out, seed=0, device=None):
     """-> Run. Joins the other processes if torchrun started this one, each with a GPU of its own.
-    Folder checked by rank 0."""
+    Rank 0 checks that the folder can be written, and locks it."""
     device = pick_device(device)
     if "RANK" not in os.environ:
         run = Run(Path(out), seed, device)
@@ -215,27 +215,28 @@ def end_workers():
 
 def generator(*key):
     """A torch generator that is a function of integers alone, say (seed, epoch, sample): what it
-    draws does not depend on batch size, rank count, or where a run was resumed. LensError for a
-    negative one."""
+    draws does not depend on batch size, rank count, or where a run was resumed. Zeros at the end
+    do not count: (5, 1) and (5, 1, 0) are one stream. LensError for a negative integer."""
     numbers = [int(k) for k in key]
     require(min(numbers) >= 0, f"a random stream's key {numbers}: no number may be negative")
     entropy = np.random.SeedSequence(numbers)
+    # 63 bits of it: a seed of torch's is a signed integer.
     return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
 
 
 # --- Learning rate and averages -------------------------------------------------------------------
 
 def learning_rate_factor(step, steps, warmup, decay=0.5):
-    """A short rise (Adam's moments are empty at first), flat, then linear to zero over the last
-    share `decay`."""
+    """A factor in (0, 1]: a short rise (Adam's moments are empty at first), flat, then linear to
+    zero over the last share `decay`. step: counted from 0"""
     rising = (step + 1) / warmup
     falling = (steps - step) / max(1, decay * steps)
     return min(1.0, rising, falling)
 
 
 def average_decay(step, limit):
-    """Decay of a running average at its step-th update: small at first, so that it soon forgets its
-    random start."""
+    """Decay of a running average at its step-th update: small at first, so that it soon forgets
+    where it started. It comes to 0.92 in 100 steps and to 0.99 in 900, if the limit is above."""
     return min(limit, (1 + step) / (10 + step))
 
 
@@ -252,6 +253,7 @@ def race(runners, rounds, device):
     """Times functions against each other: -> {name: (seconds of the first run, median seconds of
     the others, what the last run gave)}.
 
+    rounds    timed runs of each, after its first
     runners   {name: function}; they run in turn, so that whatever else the machine does meets all
               of them alike. The first run compiles and warms up.
     """
@@ -384,8 +386,8 @@ def fastest_attention(device, dtype, config, tokens, learns):
 def choose(run, config, tokens, kept=None, dtype=None):
     """Settles run.bf16 and run.attention, and returns a line that says how and why.
 
-    They are measured on rank 0, unless a run that is resumed has them in `kept` ({"bf16",
-    "attention"}): it must go on as it began.
+    What rank 0 measures holds for all, unless a run that is resumed has them in `kept` ({"bf16",
+    "attention"}): it goes on as it began, but for a dtype that is asked for.
     config   a LensConfig;  tokens: of a usual training sequence, image and text
     dtype    "fp32" or "bf16", as asked for; None: the faster one
     """
@@ -439,7 +441,7 @@ def matmul_peak(device, dtype):
     return 2 * n**3 / min(times[1:])
 
 
-def compile_blocks(model, vae=None, fullgraph=True, graphs=False):
+def compile_blocks(model, vae=None, fullgraph=True, graphs=False, device=None):
     """torch.compile in place, so that weights keep their names: the blocks one by one (they are
     alike and compile once), for all sizes and text lengths.
 
@@ -447,9 +449,11 @@ def compile_blocks(model, vae=None, fullgraph=True, graphs=False):
     graphs      records CUDA graphs, for sampling on a GPU: a block is then one launch, where Python
                 cannot ask for its kernels as fast as they run (a picture of 512 x 512 at full size
                 took 0.36 s in place of 0.95 s on an H200)
+    device      where the blocks will run; None: where the weights are
     Returns whether it did: where nothing can be compiled, a line says why, and all stays as it is.
     """
-    reason = why_not_compiled(next(model.parameters()).device.type)
+    device = device or next(model.parameters()).device
+    reason = why_not_compiled(torch.device(device).type)
     if reason:
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(f"note: --compile: going on without, since this machine cannot: {reason}",
@@ -527,6 +531,9 @@ class Log:
 
     def __call__(self, **row):
         if self.file:
+            for name, value in row.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    row[name] = None               # JSON has neither NaN nor infinity
             self.file.write(json.dumps(row) + "\n")
 
     def draw(self):

@@ -96,7 +96,8 @@ def load_state(run, groups, optimizers, settings):
     if newest is None:
         return None
     check_same_run(run.out, settings)
-    make_moments(optimizers)
+    if has_moments(newest):
+        make_moments(optimizers)
     with checkpoint_errors(f"cannot read {newest}"):
         dcp.load(named_tensors(groups, optimizers),
                  storage_reader=dcp.HuggingFaceStorageReader(str(newest)))
@@ -117,6 +118,12 @@ def named_tensors(groups, optimizers):
                 if torch.is_tensor(t):
                     tensors[f"optimizer.{names[p]}:{moment}"] = t
     return tensors
+
+
+def has_moments(state):
+    """Whether a state holds any: one that was saved before the first sound step has none."""
+    stored = dcp.HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
+    return any(name.startswith("optimizer.") for name in stored)
 
 
 def make_moments(optimizers):
@@ -143,4 +150,5 @@ def checkpoint_errors(doing):
             yield
         except dcp.CheckpointException as e:
             first = next(iter(e.failures.values()), ("unknown",))
-            raise LensError(f"{doing}: {str(first[0]).strip().splitlines()[0]}") from None
+            reason = str(first[0]).strip() or type(first[0]).__name__
+            raise LensError(f"{doing}: {reason.splitlines()[0]}") from None

@@ -120,6 +120,27 @@ def test_the_bucket_is_that_of_the_rule_in_words():
         assert abs(np.log(height[i] / width[i] * w / h)) == pytest.approx(min(off_ratio))
 
 
+def test_a_picture_gets_its_own_ratio_in_small_areas_too():
+    """48 x 64 is three quarters of 64 x 64: it lost to sizes that are nearer to the area."""
+    sizes = data.sorted_by_area([size for base in (64, 96) for size in data.buckets(base)])
+    for size, picture in (((48, 64), (48, 64)), ((64, 48), (60, 45)), ((80, 144), (450, 800))):
+        height, width = (np.array([side]) for side in picture)
+        (chosen,) = data.choose_buckets(height, width, sizes)
+        assert sizes[chosen] == size
+
+
+@pytest.mark.parametrize("base", (64, 96, 128, 512, 768, 1024))
+def test_sizes_of_one_base_belong_to_one_area(base):
+    sizes = [size for area in (64, 96, 128, 512, 768, 1024) for size in data.buckets(area)]
+    areas = data.areas_of(sizes)
+    assert {areas[sizes.index(size)] for size in data.buckets(base)} == {base**2}
+
+
+def test_a_lone_size_has_an_area_of_its_own():
+    assert data.areas_of([(64, 128)]).tolist() == [64 * 128]
+    assert data.areas_of([(512, 512), (64, 128)]).tolist() == [512**2, 64 * 128]
+
+
 # --- Batches --------------------------------------------------------------------------------------
 
 def as_lists(planned):

@@ -457,6 +457,7 @@ def test_a_run_that_is_killed_in_its_last_save_still_gets_its_last_weights(
     (["--init", "{toy}"], "--init None, not {toy}"),
     (["--init", "{toy}", "--lora", "4"], "--lora 0, not 4"),
     (["--size", "toy", "--batch", "2,2,2"], "--size nano, not toy"),
+    (["--parts", "{toy}"], "not {toy}"),
 ])
 def test_another_run_in_the_same_folder_is_one_clear_line(
         change, words, on_shards, finished, capsys, monkeypatch):

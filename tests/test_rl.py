@@ -658,6 +658,14 @@ def test_a_run_whose_judge_stays_silent_saves_and_stops(base, server, tmp_path, 
     assert [row["failures"] for row in rows(tmp_path / "run")] == [0, 16, 16, 16, 0, 0]
 
 
+def test_steps_that_are_not_finite_end_the_run(base, tmp_path, monkeypatch, capsys):
+    """It ran to its end, had learnt nothing, and said that it was done."""
+    monkeypatch.setattr(train, "PATIENCE", 2)
+    monkeypatch.setattr(rl.Policies, "learn", lambda *_: (math.nan, 0.0))
+    line = error_line(rl.main, flags(base, tmp_path), capsys)
+    assert "2 steps in a row had a gradient that was not finite" in line
+
+
 # --- Mistakes -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("more, words", [
@@ -689,6 +697,7 @@ def test_a_folder_with_a_checkpoint_is_refused(base, capsys):
     (["--init", str(sample.TOY)], "not of size nano"),
     (["--steps", "0"], "at least 1"),
     (["--norm-guard", "-0.1"], "--norm-guard: must be at least 0"),
+    (["--lr", "0"], "--lr 0.0: must be above 0"),
     (["--size", "full"], "name prompts with rubrics with --data"),
     (["--size", "enormous"], "--size"),
 ])

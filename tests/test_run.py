@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, error_line, random_model, rows
+from torch.distributed.checkpoint import CheckpointException
 
 import distill
 import kit.run
@@ -74,6 +75,7 @@ from kit.run import (
     usable_cores,
     use_attention,
 )
+from kit.state import checkpoint_errors, load_state, save_state
 from tools import strip
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -724,6 +726,36 @@ def test_a_log_is_a_line_a_step_and_a_resume_drops_what_came_after(tmp_path):
     resumed(step=4, loss=0.9)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
     assert rows(tmp_path)[-1]["loss"] == 0.9
+
+
+def test_what_is_not_finite_is_null_in_the_log(tmp_path):
+    """JSON has neither NaN nor infinity, though Python writes both."""
+    log = Log(Run(tmp_path), 0)
+    log(step=1, loss=float("nan"), grad_norm=float("inf"), size="64x64")
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "loss": null, "grad_norm": null, "size": "64x64"}\n'
+
+
+def test_a_state_from_before_the_first_sound_step_is_resumed(tmp_path):
+    """Its optimiser has no moments yet: none may be asked of the file."""
+    def learner():
+        p = torch.nn.Parameter(torch.zeros(2))
+        return {"model": {"p": p}}, [torch.optim.AdamW([p])]
+
+    run = Run(tmp_path)
+    groups, optimizers = learner()
+    with torch.no_grad():
+        groups["model"]["p"].fill_(3.0)
+    save_state(run, 1, groups, optimizers, settings={}, progress={"step": 1})
+    groups, optimizers = learner()
+    assert load_state(run, groups, optimizers, settings={}) == {"step": 1}
+    assert groups["model"]["p"].tolist() == [3.0, 3.0]
+
+
+def test_an_error_without_words_is_named_by_its_kind():
+    with pytest.raises(LensError, match="cannot write here: AssertionError"):
+        with checkpoint_errors("cannot write here"):
+            raise CheckpointException("failed", {0: (AssertionError(), None)})
 
 
 @pytest.mark.parametrize("torn", ['{"step": 4, "lo', '{"step": 4, "loss": 1.0}', "\0" * 40])

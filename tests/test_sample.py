@@ -228,6 +228,14 @@ def test_a_long_batch_is_cut_and_its_order_kept(pipeline):
     assert len({picture.tobytes() for picture in whole}) == 5     # five seeds
 
 
+def test_one_side_alone_makes_a_square_picture(pipeline):
+    for side in ({"height": 48}, {"width": 48}):
+        (picture,) = sample.generate("a red circle", pipeline, steps=2, **side)
+        assert picture.size == (48, 48)
+    with pytest.raises(LensError, match="size 100 x 64: both sides must be divisible by 16"):
+        sample.generate("a red circle", pipeline, height=64, width=100)
+
+
 def test_prompts_of_one_length_share_a_batch():
     features = [torch.zeros(2, length, 4) for length in (3, 5, 3, 3)] + [None]
     assert sample.batches_of_one_length(features, 2) == [[0, 2], [3], [1], [4]]

@@ -25,7 +25,7 @@ import lens
 import sample
 import train
 from kit.checkpoint import load_transformer, save_pipeline
-from kit.files import LensError, open_safetensors
+from kit.files import LensError, open_safetensors, write_json
 from kit.lora import add_lora, merge_lora
 from kit.muon import Muon
 from kit.places import WEIGHT_NAMES, read_metadata
@@ -340,7 +340,34 @@ def test_a_steps_batches_are_dealt_each_to_one_rank(ranks):
         turns = [turn for moment in zip(*dealt) for turn in moment]
         assert [batch for batch, counts in turns if counts] == group
         along = [batch for batch, counts in turns if not counts]
-        assert along == [group[0]] * (-count % ranks)
+        assert along == [group[-1]] * (-count % ranks)
+
+
+def test_parts_come_from_the_model_that_a_run_starts_from(tmp_path):
+    """They came from weights/toy, and a denoiser went on over latents that it had never seen."""
+    write_json(tmp_path / "whole" / "model_index.json", {})
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "file.safetensors").touch()
+    assert train.parts_of(None) == sample.TOY
+    assert train.parts_of(str(tmp_path / "whole")) == str(tmp_path / "whole")
+    assert train.parts_of("owner/model") == "owner/model"
+    for denoiser in ("alone", "file.safetensors"):
+        assert train.parts_of(str(tmp_path / denoiser)) == sample.TOY
+
+
+def test_a_step_that_was_left_out_has_no_loss_of_any_kind(tmp_path):
+    tally = tallied([9.0], [0.1])
+    report = tally.over_all_ranks(Run(tmp_path), torch.tensor(1.0), usual_loss=1.0, notified=False)
+    row = train.log_row(Run(tmp_path), train.Progress(stage=1), report)
+    assert not report.sound
+    assert row["loss"] is row["grad_norm"] is row["label_loss"] is None
+    assert row["loss_by_t"] == [None] * 4
+
+
+def test_steps_that_are_not_finite_end_a_run_at_last():
+    train.check_sound(train.PATIENCE - 1)
+    with pytest.raises(LensError, match="10 steps in a row had a gradient that was not finite"):
+        train.check_sound(train.PATIENCE)
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():
