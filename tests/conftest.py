@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import kit.files
 import kit.run
@@ -50,6 +51,14 @@ def steady(monkeypatch):
     """Precision fp32 and flash attention, whatever the machine's clock says."""
     monkeypatch.setattr(kit.run, "fastest_dtype", fixed_dtype)
     monkeypatch.setattr(kit.run, "fastest_attention", fixed_attention)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 class Killed(Exception):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import random_model
 from safetensors.torch import load_file, save_file
 
@@ -669,14 +668,6 @@ def test_identity_of_an_autoencoder_is_its_content(pipeline, tmp_path):
 
 
 # --- Sharded models -------------------------------------------------------------------------------
-
-@pytest.fixture
-def one_process(tmp_path):
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_sharded_model_comes_back_plain_on_rank_zero_alone(lora_rank, one_process, tmp_path):

@@ -244,13 +244,14 @@ def base(parts, tmp_path_factory):
 class Stage:
     """What the updates need: a run, players, optimisers, settings, and a batch at k = 2."""
 
-    def __init__(self, base, lora=0, bf16=False, without=()):
+    def __init__(self, base, lora=0, bf16=False, without=(), shard_dtype=None):
         self.run = Run(Path("unused"), bf16=bf16)
         self.settings = distill.settings_for("nano", lr=1e-3, without=without)
         config = lens.SIZES["nano"].transformer
         heads = distill.make_heads(config, 0)
         self.players = distill.make_players(
-            load_transformer(base, "cpu", torch.float32), heads, seed=0, lora=lora)
+            load_transformer(base, "cpu", torch.float32), heads, seed=0, lora=lora,
+            shard_dtype=shard_dtype)
         self.optimizers = distill.make_optimizers(self.players, self.settings)
 
         g = torch.Generator().manual_seed(0)
@@ -682,6 +683,19 @@ def test_two_processes_share_the_weights_and_one_goes_on(base, whole, tmp_path):
     assert [row["step"] for row in log] == [1, 2]
     assert all(math.isfinite(row["loss"]) for row in log)
     assert tensors(tmp_path).keys() == tensors(whole).keys()
+
+
+def test_a_fake_that_is_shared_out_is_pulled_as_a_whole(base, one_process, monkeypatch):
+    """FSDP left gathered what is in no block, so the critic's next update saw that part of the
+    fake as it had been before."""
+    monkeypatch.setattr(distill, "IDA", 0.9)
+    plain, shared = Stage(base), Stage(base, shard_dtype=torch.float32)
+    before = plain.velocity_of("fake")
+    for stage in (plain, shared):
+        stage.student_update()
+    expected = plain.velocity_of("fake")
+    assert not torch.allclose(expected, before, atol=1e-4)
+    assert torch.allclose(shared.velocity_of("fake"), expected, atol=1e-6)
 
 
 # --- Evaluation and the command line --------------------------------------------------------------
