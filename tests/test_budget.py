@@ -392,6 +392,9 @@ def test_a_real_step_beside_the_counted_one(recipe, capsys):
     (["rl", "--lora", "0"], "--lora 0"),
     (["step", "rl", "--area", "50"], "divisible by 16"),
     (["step", "rl", "--pictures", "0"], "--pictures"),
+    (["train", "--size", "nano", "--tflops", "0"], "--tflops 0: must be above 0"),
+    (["train", "--base-dtype", "bf16"], "--base-dtype is of what is frozen"),
+    (["rl", "--base-dtype", "bf16"], "--base-dtype is of what is frozen"),
 ])
 def test_bad_input_is_one_clear_line(arguments, words, capsys):
     assert words in error_line(budget.main, arguments, capsys)

@@ -308,7 +308,11 @@ def test_facts_as_sentences():
         Fact("count", blue, 2): "There are exactly 2 blue objects.",
         Fact("size", circle, "small"): "Every circle is small.",
         Fact("place", circle, "on the left"): "There is a circle on the left of the picture.",
+        Fact("place", ("ring", "orange"), "on the left"):
+            "There is an orange ring on the left of the picture.",
         Fact("relation", circle, "above", red_cross): "A circle is above a red cross.",
+        Fact("relation", ("ring", "orange"), "below", ("star", "orange")):
+            "An orange ring is below an orange star.",
         Fact("background", (None, None), "grey"): "The background is grey.",
     }
     for fact, sentence in sentences.items():

@@ -81,6 +81,7 @@ KNOWN = set(json.loads(read_metadata(ROOT / "weights" / "toy")["words"]))
     ("a red star on a blue background", "never saw a blue background: they are black, grey, white"),
     ("a star. The background is pink", "never saw a pink background"),
     ("a circle", "says no place leaves much open"),
+    ("Two red stars", "says no place leaves much open"),
     ("two red stars", "--reason writes it out first"),
 ])
 def test_what_may_surprise_is_told_before(prompt, said):

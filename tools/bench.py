@@ -19,8 +19,9 @@ ours, that one).
 
 Pictures go from features to pixels, those of the toy from the prompt on. Weights are random but for
 the toy's. `tflops` is our work over our seconds; `peak_share` is that over what a large matrix
-product reaches on the same machine (`matmul_tflops`, measured before). `peak_memory_gib` is our
-path's on a GPU, the whole process's on a CPU. `difference` is the length of our tokens less the
+product reaches on the same machine (`matmul_tflops`, measured before). `peak_memory_gib` is on a
+GPU the most while our path runs, with the weights of the other paths, and on a CPU the most that
+the whole process held. `difference` is the length of our tokens less the
 naive ones, over the length of these; it tells something of the toy, where text matters, and little
 of random weights. What was measured with all this: docs/speed.md.
 """
@@ -449,7 +450,8 @@ def peak_memory(run, device):
     """GiB: on a GPU the most that one more run() holds; on a CPU the most that the process ever
     held."""
     if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20          # from KiB
+        unit = 2**30 if sys.platform == "darwin" else 2**20           # bytes there, elsewhere KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     torch.cuda.reset_peak_memory_stats()
     run()
     return torch.cuda.max_memory_allocated() / 2**30
@@ -506,6 +508,7 @@ def main(argv=None):
             f"unknown size '{args.size}': choose one of {', '.join(lens.SIZES)}")
     require(args.what == "sample" or not (args.fp8 or args.full),
             "--fp8 and --full are for sample")
+    require(args.what == "train" or not args.recompute, "--recompute is for train")
     device = pick_device(args.device)
     sizes = [args.size] if args.size else default_sizes(args.what, device, args.full)
     print(f"sizes {', '.join(sizes)}: a line a case, each after {ROUNDS + 1} runs on every path, "

@@ -729,12 +729,14 @@ def measure_step(recipe, trial):
     """Takes one real step -> {name: what it took}.
 
     Peak memory is the allocator's on a GPU, on a CPU the most that the process held: `before`, that
-    of Python and PyTorch, about 0.5 GiB, is among it.
+    of Python and PyTorch, 0.3 to 0.5 GiB, is among it.
     """
     prepare = {"rl": rl_trial, "distill": distill_trial, "lora": lora_trial}[recipe]
     before = resident_bytes()
     counts, counted, step = prepare(trial)
     on_gpu = trial.device != "cpu"
+    if on_gpu:                                     # without what making the model took
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     with Watch() as watch:
         step()
@@ -749,6 +751,8 @@ def measure_step(recipe, trial):
         "pictures": trial.pictures,
         "rank": trial.rank,
         "text": trial.text,
+        "blocks": trial.blocks,
+        "base_dtype": trial.base_dtype,
         "device": trial.device,
         "parameters": counts.base,
         "adapter": counts.adapter,
@@ -790,6 +794,10 @@ def main(argv=None):
             "`step` takes a step of `rl`, `distill` or `lora`; these or `train` alone count one")
     base_dtype = args.base_dtype or train.usual_base_dtype(size, rank or args.recipe == "lora")
     require(rank != 0 or args.what == "train", "--lora 0: that is for train alone")
+    of_adapters = args.recipe == "lora" or (args.what == "train" and rank)
+    require(of_adapters or args.base_dtype is None,
+            "--base-dtype is of what is frozen under an adapter: of `train --lora` and `step lora`")
+    require(args.tflops > 0, f"--tflops {args.tflops:g}: must be above 0")
     require(args.area % 16 == 0, f"--area {args.area}: must be divisible by 16")
 
     if args.what == "step":

@@ -21,6 +21,7 @@ the limits allow for.
 """
 import datetime
 import inspect
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -86,8 +87,9 @@ def compare(folder, theirs, prompt, side, steps, guidance, device, dtype):
     today = datetime.date.today().isoformat()
     _, _, encoder = load_pipeline(folder, device, dtype, parts=("text_encoder",), date=today)
     (ids,), _ = encoder.tokenize([prompt])
-    same_ids = ids == theirs["ids"][0].tolist()
-    rows.append(("tokens that differ", 0 if same_ids else 1, "none", same_ids))
+    pairs = itertools.zip_longest(ids, theirs["ids"][0].tolist())
+    differ = sum(one != other for one, other in pairs)
+    rows.append(("tokens that differ", differ, "none", differ == 0))
 
     ours = encoder.encode_each([prompt])[0].float().cpu()                          # [K, S, E]
     visible = theirs["mask"][0].bool()
@@ -145,6 +147,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     require(Path(args.folder).is_dir(), f"{args.folder}: no such folder")
     require(Path(args.reference).is_dir(), f"--reference {args.reference}: no such folder")
+    require(args.prompt.strip(), "--prompt is empty: say what the picture should show")
+    require(args.side % 16 == 0, f"--side {args.side}: must be divisible by 16")
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     how = dict(prompt=args.prompt, side=args.side, steps=args.steps, guidance=args.guidance,
                device=args.device, dtype=dtype)

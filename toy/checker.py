@@ -40,6 +40,7 @@ from toy.world import (
     TONES,
     Object,
     Scene,
+    article,
     coverage,
     draw,
     facts,
@@ -393,9 +394,11 @@ def fact_words(fact):
     if fact.kind == "size":
         return f"Every {subject} is {fact.value}."
     if fact.kind == "place":
-        return f"There is a {subject} {fact.value} of the picture."
+        return f"There is {article(subject)} {subject} {fact.value} of the picture."
     if fact.kind == "relation":
-        return f"A {subject} is {fact.value} a {noun(fact.other)}."
+        other = noun(fact.other)
+        return (f"{article(subject).capitalize()} {subject} is {fact.value} "
+                f"{article(other)} {other}.")
     return f"The background is {fact.value}."
 
 

@@ -11,6 +11,7 @@ same models and settings.
 Where this departs: the paper draws from 800M pictures and encodes them as it trains.
 """
 import hashlib
+import inspect
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import toy.labels
 import toy.world
 from data import Batch
 from kit.files import (
@@ -204,8 +206,10 @@ def world_key(stage, seed, vae, encoder):
         "brief": BRIEF,
         "shape_odds": stage.shape_odds,
         "labels": [*SHAPES, *COLORS],
-        # Who changes how scenes are drawn or captioned gets new ones.
-        "drawing": file_hash(toy.world.__file__),
+        # Who changes how scenes are drawn, captioned, labelled or encoded gets new ones. (Not who
+        # changes how lens.py computes a caption's features: then delete the folder.)
+        "code": [file_hash(path) for path in (toy.world.__file__, toy.labels.__file__, __file__,
+                                              inspect.getfile(type(vae)))],
         "vae": weights_digest(vae),
         "text_encoder": text_digest(encoder),
     })

@@ -3,6 +3,7 @@
 Read before: toy/world.py, toy/checker.py, kit/rubrics.py.
 """
 import collections
+import math
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from toy.world import PLACES, TASKS, TONES, draw, facts, sample_scene
 
 # --- Prompts --------------------------------------------------------------------------------------
 
-TOY_EPOCH = 77                # of the toy world's scenes; pre-training does not come so far
+TOY_EPOCH = 77                # the denoiser's scenes have their area there: 64, 96 or 128
 
 # Reward RL lets go of texture, which no fact asks for: so it is watched, and never rewarded. Of
 # drawn pictures nine in ten have some.
@@ -100,7 +101,7 @@ def print_judge_check(judge, count, seed, size):
 
     print(f"{'claim':12} {'true, affirmed':>16} {'altered, denied':>16}")
     for kind in dict.fromkeys(kind for kind, _ in right):
-        affirmed, denied = right.get((kind, True), 0.0), right.get((kind, False), 0.0)
+        affirmed, denied = right.get((kind, True), math.nan), right.get((kind, False), math.nan)
         print(f"{kind:12} {affirmed:16.3f} {denied:16.3f}")
     print(f"failed: {failures} {dict(collections.Counter(judge.failed)) or ''}")
     worst = min(right.values(), default=0.0)

@@ -620,6 +620,7 @@ def short_name(obj, details):
 
 
 def plural(noun):
+    # Not "boxes": "boxs" is what the shipped text encoder has learnt.
     return noun + ("es" if noun.endswith("s") else "s")
 
 
