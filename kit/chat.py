@@ -213,7 +213,7 @@ class Endpoint:
                 append_line(self.journal, json.dumps([name, answer]))
 
 
-CHECK_TRIES = 3           # 3 seconds of waiting at most: what is down is to be known soon
+CHECK_TRIES = 3           # 3 seconds between them, unless the server asks for more
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -421,7 +421,8 @@ def inside_fence(text):
     >>> inside_fence("Your prompt:\n```text\nA cat.\n```\nEnjoy!")
     'A cat.'
     """
-    fence = re.search(r"(?s)```[\w-]*[ \t]*\n?(.*?)(?:```|$)", text)
+    # A word after the opening is a language only where the line ends there.
+    fence = re.search(r"(?s)```(?:[\w-]*[ \t]*\n)?(.*?)(?:```|$)", text)
     if fence:
         text = fence[1]
     return text.strip()
@@ -593,7 +594,7 @@ def json_values(text, openings="{["):
     [({'1': 1}, 8), ([True], 6)]
     """
     text = without_thoughts(final_channel(text))
-    text = re.sub(r",(\s*[}\]])", r"\1", text)     # a comma too many at the end of a list
+    text = re.sub(r",(\s*[}\]])", r"\1", text)     # a comma too many in a list (or in a text)
     decoder = json.JSONDecoder(object_pairs_hook=each_name_once)
     found = []
     end = 0

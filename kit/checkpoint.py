@@ -152,6 +152,8 @@ def load_text_encoder(path, device="cpu", dtype=None, date=DATE, layers=None):
     files, config = locate(path, "text_encoder")
     alone = config is None                         # a file without its config
     if alone:
+        require(len(files) == 1, f"{files[0].parent}: shards without their config.json; put it "
+                "beside them")
         stored = index_files(files)
         shapes = {name: where.shape for name, where in stored.items()}
         config = text_config_from_shapes(files[0], shapes)

@@ -59,7 +59,8 @@ def did_you_mean(path):
     """"; did you mean photo.png?" where a file beside `path` has nearly its name, else ""."""
     path = Path(path)
     with contextlib.suppress(OSError):
-        names = [other.name for other in path.parent.iterdir()]
+        # Not itself: a link whose target is gone stands in its folder, too.
+        names = [other.name for other in path.parent.iterdir() if other.name != path.name]
         near = difflib.get_close_matches(path.name, names, n=1)
         if near:
             return f"; did you mean {path.with_name(near[0])}?"
@@ -255,7 +256,7 @@ def say_error(message, rank):
     print(f"error: {who}{message}", file=sys.stderr)
     for_torchrun = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if for_torchrun:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(LensError):
             about = {"timestamp": str(int(time.time()))}
             write_json(for_torchrun, {"message": {"message": message, "extraInfo": about}})
 
@@ -291,7 +292,7 @@ def check_writable(folder):
     after it."""
     trial = Path(folder) / ".writable"
     replace_file(trial, lambda beside: beside.write_text(""))
-    trial.unlink()
+    trial.unlink(missing_ok=True)                  # another process may have been as quick
 
 
 def paths_below(folder, leave_out=None, on_error=None):

@@ -96,8 +96,9 @@ def read_picture(blob, size=None, where=(0.5, 0.5)):
 
 
 def picture_size(blob):
-    """(width, height) that read_picture(blob) will have, from the file's header alone. Raises Fault
-    where that is broken already."""
+    """(width, height) that read_picture(blob) will have, from the file's header alone (of a PNG
+    without the EXIF that may stand behind its pixels). Raises Fault where that is broken
+    already."""
     with faults_named():
         image = open_picture(blob)
         if on_its_side(image):
@@ -107,7 +108,8 @@ def picture_size(blob):
 
 @contextlib.contextmanager
 def faults_named():
-    """Whatever Pillow raises becomes a Fault."""
+    """Whatever Pillow raises becomes a Fault. Filters of warnings are the whole process's: where
+    threads read at once, a warning of their own may stay unheard."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")        # odd metadata is no fault of the pixels
@@ -128,15 +130,19 @@ def open_picture(blob):
     return image
 
 
+# Where the beginning of a PNG may say how it lies: its own EXIF, ImageMagick's, and XMP.
+PNG_EXIF = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"}
+
+
 def on_its_side(image):
     """Whether a picture that was just opened will have its sides swapped when it is upright."""
     if image.format == "TIFF":                     # its size is that of the upright picture already
         return False
-    # A PNG may have its EXIF behind the pixels, and Pillow decodes all of them to look there.
-    if image.format == "PNG" and "exif" not in image.info:
+    if image.format == "PNG" and not PNG_EXIF & image.info.keys():
         return False
     with contextlib.suppress(Exception):           # broken EXIF: as if there were none
-        return image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        # Not a PNG's own getexif: without "exif" it decodes all pixels to look behind them.
+        return Image.Image.getexif(image).get(ORIENTATION, 1) in (5, 6, 7, 8)
     return False
 
 
@@ -341,13 +347,16 @@ DESCRIPTION = 0x010E         # the EXIF tag of a picture's description
 
 def save_picture(image, path, notes):
     """Writes a picture as the ending of its path says, whole or not at all. The notes stand in a
-    PNG as text; in a JPEG or WebP as JSON in the description, which holds ASCII alone."""
+    PNG as text; in a JPEG or WebP as JSON in the description, which holds ASCII alone (and is left
+    out where it is longer than a JPEG's EXIF may be)."""
     kind = WRITTEN[path.suffix.lower()]
     if kind == "PNG":
         save_png(image, path, notes)
         return
     exif = Image.Exif()
     exif[DESCRIPTION] = json.dumps({name: str(value) for name, value in notes.items()})
+    if len(exif[DESCRIPTION]) > 60_000:            # a JPEG has room for 65,533 bytes of EXIF
+        del exif[DESCRIPTION]
     replace_file(path, lambda beside: image.save(beside, kind, quality=95, exif=exif))
 
 

@@ -161,7 +161,8 @@ def save_lora(model, folder, name="default", metadata=None):
 LORA_NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 
 # A layer's name, then what is stored of it. PEFT: `.lora_A.weight`, `.lora_B.weight`, sometimes
-# with the adapter's name between; sd-scripts: `.lora_down.weight`, `.lora_up.weight`, `.alpha`.
+# with `default`, the adapter's name, between; sd-scripts: `.lora_down.weight`, `.lora_up.weight`,
+# `.alpha`.
 LORA_KEY = re.compile(
     r"(?P<layer>.+?)\.(?:lora_(?P<matrix>A|B|down|up)(?:\.default)?\.weight|alpha)")
 
@@ -224,10 +225,11 @@ def merge_lora(model, path, strength=1.0):
     parts, unmatched = read_lora(file, layers)
     check_lora(file, parts, unmatched, layers)
 
+    for name in parts:
+        require(layers[name].weight.element_size() > 1, f"{file}: {name} is packed in 8 bits, and "
+                "nothing can be merged into it: load the base in bf16")
     for name, part in parts.items():
         weight = layers[name].weight
-        require(weight.element_size() > 1, f"{file}: {name} is packed in 8 bits, and nothing can "
-                "be merged into it: load the base in bf16")
         change = part.change(strength).to(weight.device)
         weight.copy_(weight.float() + change)
     return len(parts)

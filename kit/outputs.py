@@ -116,7 +116,8 @@ def free_path(path, notes):
 
 def save_new(picture, path, notes):
     """Writes a picture at its free path, unless it is there already. -> that path"""
-    path = free_path(path, notes)          # asked again: another process may have taken it
+    # Asked again: another process may have taken it. (While one encodes, two can still meet.)
+    path = free_path(path, notes)
     if not path.exists():
         save_picture(picture, path, notes)
     return path

@@ -4,6 +4,7 @@ Read before: kit/tars.py. Its command is `python data.py pack`.
 """
 import json
 import math
+import os
 import re
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -73,8 +74,8 @@ def measure(image):
     blur          variance of the grey picture's Laplacian, at 512^2 pixels: size does not matter
     entropy       of the grey picture's histogram, in bits
     dark, bright  both the mean of HSV's V, in [0, 1]
-    The vector is of unit length and close for near duplicates: a thumbnail of 16 x 16 less its
-    mean [ours]; the paper takes CLIP's.
+    The vector is of unit length (of a picture of one grey it is zero, and equals no other) and
+    close for near duplicates: a thumbnail of 16 x 16 less its mean [ours]; the paper takes CLIP's.
     """
     grey = image.convert("L")
     area = image.width * image.height
@@ -101,7 +102,8 @@ def measure(image):
 
 def near_duplicates(vectors, limit, chunk=2048):
     """[n] int: for each of n unit vectors [n, d] an earlier one with which it has a cosine above
-    the limit; -1 where there is none."""
+    the limit; -1 where there is none. The earlier one may have one itself: of a slow film the first
+    picture alone is left."""
     found = np.full(len(vectors), -1)
     vectors = torch.as_tensor(np.array(vectors))
 
@@ -197,7 +199,7 @@ def files_below(folder, out, tars, faults, skipped):
     leave_out = None if out.resolve() == folder.resolve() else out
     for path in paths_below(folder, leave_out, unreadable):
         name = PurePosixPath(path.relative_to(folder))
-        if not path.is_file():
+        if not os.path.isfile(path):               # Path.is_file raises where it may not look
             skipped[NO_FILE] += 1
         elif name.suffix.lower() != ".tar":
             yield name, Part(str(path))
@@ -377,8 +379,8 @@ def is_brief(candidate, min_words):
 
 def pack(images, out, limits, classifiers, endpoint=None, min_words=1, shard_mb=256):
     """A folder of pictures with captions -> tar shards, cleaned in the paper's order; every file is
-    counted in a table, which is printed and kept in out/pack.json. Where nothing is left, `out`
-    stays as it was, and LensError says what took most.
+    counted in a table, which is printed and kept in out/pack.json. Where nothing is left, no
+    empty `out` is left either, and LensError says what took most.
 
     limits  {filter: Limit}, all of LIMITS        classifiers  {filter: Classifier}
     endpoint  kit.chat.Endpoint that writes captions which are missing or brief; None: nobody does

@@ -208,6 +208,7 @@ def shards_of(index):
     """The files that an index of shards names, beside it."""
     with error_context(f"cannot read {index}"):
         shards = read_object(index)["weight_map"].values()
+        require(shards, f"cannot read {index}: it names no shards")
         return sorted({index.parent / Path(shard).name for shard in shards})
 
 

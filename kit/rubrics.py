@@ -22,7 +22,14 @@ from kit.chat import (
     parse_json,
     without_thoughts,
 )
-from kit.files import error_context, one_form, read_text, require, write_json_lines
+from kit.files import (
+    error_context,
+    is_whole,
+    one_form,
+    read_text,
+    require,
+    write_json_lines,
+)
 
 # --- Prompts with rubrics -------------------------------------------------------------------------
 
@@ -73,6 +80,7 @@ def read_rows(path, sizes):
             given = json.loads(line)
             prompt = given["prompt"]
             require(prompt.strip(), f"--data {path}, line {n}: its prompt is empty")
+            require(is_whole(prompt), f"--data {path}, line {n}: half a character in its prompt")
             rubrics = [read_rubric(rubric) for rubric in given["rubrics"]]
         size = sizes[n % len(sizes)]
         rows.append(PromptRow(prompt=one_form(prompt), rubrics=rubrics + [COHERENT], size=size))
@@ -81,10 +89,13 @@ def read_rows(path, sizes):
 
 
 def read_rubric(given):
+    """A Rubric of one in a file; ValueError where it is none."""
     for name in ("name", "check"):
-        require(isinstance(given[name], str) and given[name].strip(), f"{name} is not a text")
+        if not isinstance(given[name], str) or not given[name].strip():
+            raise ValueError(f"{name} is not a text")
     held_out = given.get("held_out") or False
-    require(isinstance(held_out, bool), "held_out is neither true nor false")
+    if not isinstance(held_out, bool):
+        raise ValueError("held_out is neither true nor false")
     rubric = Rubric(name=given["name"], check=given["check"])
     if held_out:
         rubric["held_out"] = True
@@ -205,7 +216,8 @@ WRAPPINGS = ("answer", "answers", "result", "results", "verdict", "verdicts", "s
              "response", "picture", "image")
 
 # "1", "2.", "Statement 3", "s_4"; not "2 cats", and not "-1".
-STATEMENT = re.compile(r"(?!\s*-)\W*(?:statement|claim|rubric|item|no|q|s)?[\W_]*(\d+)\W*", re.I)
+STATEMENT = re.compile(
+    r"(?!\s*-)\W*(?:statement|claim|rubric|item|no|q|s)?[\W_]*(\d{1,4})\W*", re.I)
 
 # A word of yes or no, alone or before a sign that sets a reason apart: "No, it is blue." but not
 # "no idea", "0.5" or "yes and no".
@@ -374,10 +386,13 @@ def written_row(answer, plan):
     prompt, listed = given.get("prompt"), given.get("rubrics")
     if not isinstance(prompt, str) or not prompt.strip() or not isinstance(listed, list):
         raise NoAnswer("no prompt with rubrics")
+    if not is_whole(prompt):
+        raise NoAnswer("half a character")
 
     rubrics = [{"name": str(rubric["name"]), "check": str(rubric["check"])}
                for rubric in listed[:10]
-               if isinstance(rubric, dict) and {"name", "check"} <= rubric.keys()]
+               if isinstance(rubric, dict) and {"name", "check"} <= rubric.keys()
+               and str(rubric["name"]).strip() and str(rubric["check"]).strip()]
     if not rubrics:
         raise NoAnswer("no prompt with rubrics")
     rubrics[-1]["held_out"] = len(rubrics) > 3     # one fact of each prompt that no reward sees

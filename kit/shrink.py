@@ -48,7 +48,13 @@ def nearest_of_rank(change, rank):
     nearest to `change` [out, in]: its largest singular values."""
     u, s, v = torch.linalg.svd(change, full_matrices=False)
     root = s[:rank].sqrt()
-    return root[:, None] * v[:rank], u[:, :rank] * root
+    return of_rank(rank, root[:, None] * v[:rank], u[:, :rank] * root)
+
+
+def of_rank(rank, a, b):
+    """A and B filled up with zeros: a small layer has fewer directions than the rank that is asked
+    for, and a LoRA's scale is alpha over the rank of its matrices."""
+    return F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - b.shape[1]))
 
 
 def fit_timed_layer(layer, new, before, after, rank):
@@ -66,4 +72,4 @@ def fit_timed_layer(layer, new, before, after, rank):
     # Of its outputs only the `rank` directions in which they vary most.
     u, _, _ = torch.linalg.svd((before @ fit).T, full_matrices=False)              # [out, ...]
     b = u[:, :rank]
-    return b.T @ fit.T, b
+    return of_rank(rank, b.T @ fit.T, b)

@@ -313,10 +313,11 @@ def text_config_from_shapes(file, shapes):
     missing = telling - shapes.keys()
     require(not missing, f"{file} has no config.json beside it and is not GPT-OSS: missing "
             f"tensors: {first_few(missing)}")
-    vocabulary, width = shapes["embed_tokens.weight"]
-    (heads,) = shapes["layers.0.self_attn.sinks"]
-    head_dim = shapes["layers.0.self_attn.q_proj.weight"][0] // heads
-    experts, twice_inner = shapes["layers.0.mlp.experts.gate_up_proj_bias"]
+    with error_context(f"{file} is not GPT-OSS"):
+        vocabulary, width = shapes["embed_tokens.weight"]
+        (heads,) = shapes["layers.0.self_attn.sinks"]
+        head_dim = shapes["layers.0.self_attn.q_proj.weight"][0] // heads
+        experts, twice_inner = shapes["layers.0.mlp.experts.gate_up_proj_bias"]
     config = {
         **SIZES["full"].text_encoder,
         "vocab_size": vocabulary,

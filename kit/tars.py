@@ -18,7 +18,7 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from kit.files import decode_text, one_form, paths_below, replace_file, require
+from kit.files import decode_text, is_whole, one_form, paths_below, replace_file, require
 from kit.images import Fault
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -38,7 +38,8 @@ def find_files(pattern):
         # Not by glob's own "**": it goes round and round where a link leads back.
         head, tail = pattern.split("**/", 1)
         folders = glob.glob(head) if head else ["."]
-        paths = [path for folder in folders for path in paths_below(folder) if path.match(tail)]
+        paths = [path for folder in folders for path in paths_below(folder)
+                 if path.match(tail or "*")]
     else:
         paths = glob.glob(pattern)
     return sorted({str(path) for path in paths if os.path.isfile(path)})
@@ -80,6 +81,8 @@ def tar_members(path, faults):
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                if member.size < 0:                # tarfile would go back, and round and round
+                    raise EOFError
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts:
                     faults["hostile path in a tar"] += 1
@@ -91,6 +94,10 @@ def tar_members(path, faults):
                     raise EOFError
                 else:
                     yield name, Part(str(path), member.offset_data, member.size)
+            # tarfile takes a broken header for the end, which is made of zeros.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512).strip(b"\0"):
+                raise EOFError
     except (tarfile.TarError, EOFError, ValueError):
         faults["torn or unreadable tar"] += 1
 
@@ -131,6 +138,8 @@ def words_of(parts, row=None):
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise Fault("broken JSON") from None
 
+    if not all(is_whole(caption) for caption in captions):
+        raise Fault("caption with half a character")
     if any(len(caption) > 20_000 for caption in captions):
         raise Fault("caption too long")
     return [caption for caption in captions if caption], notes

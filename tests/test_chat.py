@@ -50,6 +50,7 @@ ANSWERS = [
     ("```\n" + CAT + "\n```", CAT),
     ("Here is the rewritten prompt:\n\n```text\n" + CAT + "\n```\nLet me know!", CAT),
     ("```markdown\n" + CAT, CAT),
+    ("```" + CAT + "```", CAT),
     ("Sure! Here's your prompt:\n\n\"" + CAT + "\"", CAT),
     ("**Prompt:** " + CAT, CAT),
     ("Rewritten prompt: “" + CAT + "”", CAT),

@@ -330,6 +330,9 @@ def test_shards_with_an_index(saved):
     index.write_text("{}")
     with pytest.raises(LensError, match="index.json: 'weight_map'"):
         load_transformer(folder)
+    index.write_text('{"weight_map": {}}')
+    with pytest.raises(LensError, match="it names no shards"):
+        load_transformer(folder)
 
 
 @pytest.mark.parametrize("ending", ["scale_weight", "weight_scale"])

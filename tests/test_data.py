@@ -21,10 +21,10 @@ import kit.pack
 from kit import chat
 from kit.checkpoint import load_pipeline
 from kit.files import LensError
-from kit.images import from_pil, read_picture
+from kit.images import Fault, from_pil, read_picture
 from kit.pack import ASK_CAPTION
 from kit.places import vae_identity
-from kit.tars import read, words_of
+from kit.tars import Part, find_files, read, tar_members, words_of
 from toy.world import AREAS
 
 TOY = ROOT / "weights" / "toy"
@@ -272,6 +272,43 @@ def write_bad_files(folder):
     torn = (folder / "b.tar").read_bytes()
     (folder / "b.tar").write_bytes(torn[:torn.index(b"z.png") + 700])
     (folder / "c.tar").write_bytes(b"no tar at all")
+
+
+@pytest.mark.parametrize("spoil", ["a broken header", "a header cut short", "a size below zero"])
+def test_a_tar_that_breaks_off_at_a_header_is_counted(spoil, tmp_path):
+    """tarfile takes such a header for the end: the rest was missing without a word."""
+    make_tar(tmp_path / "a.tar", [(f"{k}.txt", b"words") for k in range(3)])
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    begin = content.index(b"1.txt")
+    if spoil == "a broken header":
+        content[begin + 10] = 1
+    elif spoil == "a header cut short":
+        del content[begin + 100:]
+    else:
+        header = content[begin:begin + 512]
+        header[124:136] = b"\xff" * 10 + b"\xfe\x00"                # -512 in base 256
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        content[begin:begin + 512] = header
+    (tmp_path / "a.tar").write_bytes(content)
+
+    faults = Counter()
+    names = [str(name) for name, _ in tar_members(tmp_path / "a.tar", faults)]
+    assert names == ["0.txt"]
+    assert faults == {"torn or unreadable tar": 1}
+
+
+def test_half_a_character_in_a_caption_is_a_fault(tmp_path):
+    """JSON can escape it, and no tokenizer takes it."""
+    (tmp_path / "a.json").write_text(r'{"caption": "a cat \ud83d"}')
+    with pytest.raises(Fault, match="half a character"):
+        words_of({".json": Part(str(tmp_path / "a.json"))})
+
+
+def test_a_pattern_may_end_at_its_folders(tmp_path):
+    (tmp_path / "deep").mkdir()
+    make_tar(tmp_path / "deep" / "a.tar", [])
+    assert find_files(f"{tmp_path}/**/") == [str(tmp_path / "deep" / "a.tar")]
 
 
 def test_every_kind_of_bad_file_is_counted_exactly(tmp_path, capsys):

@@ -33,6 +33,7 @@ from kit.checkpoint import load_pipeline, load_transformer, save_pipeline
 from kit.files import LensError, open_safetensors, read_json
 from kit.places import gather, read_metadata
 from kit.run import Run, follow
+from kit.shrink import nearest_of_rank
 from kit.state import newest_state
 from toy.world import COLORS
 
@@ -640,6 +641,16 @@ def test_an_exported_adapter_is_the_student(base, tmp_path, capsys):
         wanted = student(noise, t, text, None, (4, 6))
         before = teacher(noise, t, text, None, (4, 6))
     assert (got - wanted).norm() < 0.05 * (before - wanted).norm()
+
+
+@pytest.mark.parametrize("rank", (2, 6, 9))
+def test_an_adapter_of_a_rank_above_a_layers_size_is_as_strong(rank):
+    """It had fewer directions than its rank, and was added the more strongly for that."""
+    change = torch.randn(6, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    a, b = nearest_of_rank(change, rank)
+    assert (a.shape, b.shape) == ((rank, 20), (6, rank))
+    left = torch.linalg.svdvals(change)[rank:].norm()
+    assert (b @ a - change).norm() == pytest.approx(left, abs=1e-9)
 
 
 def test_the_adapter_that_is_saved_is_what_was_trained_and_resumes(base, tmp_path):

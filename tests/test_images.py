@@ -18,7 +18,9 @@ from kit.images import (
     enlarged,
     from_pil,
     picture_size,
+    read_notes,
     read_picture,
+    save_picture,
     save_png,
     to_images,
     to_pil,
@@ -241,6 +243,21 @@ def test_a_picture_is_upright_as_viewers_show_it():
         assert largest_difference(found, expected) == 0, orientation
 
 
+def test_a_png_may_say_in_other_ways_how_it_lies():
+    """ImageMagick writes EXIF as text, others XMP: the size has to be that of the picture read."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    dump = exif.tobytes()
+    told = {"Raw profile type exif": f"\nexif\n{len(dump):8}\n{dump.hex()}\n",
+            "XML:com.adobe.xmp": '<x:xmpmeta xmlns:x="adobe:ns:meta/"><tiff:Orientation>6'
+                                 "</tiff:Orientation></x:xmpmeta>"}
+    for name, text in told.items():
+        info = PngInfo()
+        info.add_itxt(name, text)
+        blob = encoded(photo(1, 48, 32), pnginfo=info)
+        assert picture_size(blob) == read_picture(blob).size == (32, 48), name
+
+
 @pytest.mark.parametrize("size", [(128, 128), (96, 192), (192, 96), (64, 96)])
 def test_a_crop_keeps_proportions_and_the_reduced_decoding_hardly_differs(size):
     height, width = size
@@ -347,6 +364,12 @@ def test_a_contact_sheet_of_no_pictures_is_a_small_empty_one():
     assert sheet.size == (128, 128)
     assert (np.asarray(sheet) == 255).all()
     assert contact_sheet([], columns=6).height == 128
+
+
+def test_a_jpeg_is_written_though_its_notes_are_too_long(tmp_path):
+    save_picture(photo(5), tmp_path / "a.jpg", {"prompt": "猫" * 11_000})
+    assert Image.open(tmp_path / "a.jpg").size == photo(5).size
+    assert read_notes(tmp_path / "a.jpg") == {}
 
 
 def test_a_png_carries_its_notes(tmp_path):

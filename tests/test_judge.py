@@ -117,6 +117,8 @@ def test_prompts_are_written_by_an_endpoint_and_resumed(server, tmp_path, capsys
     '{"prompt": "", "rubrics": [{"name": "a", "check": "b"}]}',
     '{"prompt": "a cat", "rubrics": "x"}',
     '{"prompt": "a cat", "rubrics": [3, {"name": "a"}]}',
+    '{"prompt": "a cat", "rubrics": [{"name": "a", "check": " "}]}',
+    r'{"prompt": "a cat \ud83d", "rubrics": [{"name": "a", "check": "b"}]}',
 ])
 def test_an_unusable_answer_gives_no_row(answer):
     with pytest.raises(NoAnswer):
@@ -256,6 +258,7 @@ YES_NO = [True, False]
     ('{"violated": {"1": 1, "2": 0}}', None),
     ('{"1": 1, "2": 0, "1": 0}', None),
     ('{"1": "1, 0", "2": 0}', None),
+    ('{"1": 1, "2": 0, "' + "1" * 5000 + '": 1}', [True, False]),
     ('{"1": "yes, no", "2": 0}', None),
     ('{"1": "1 (out of 10)", "2": 0}', None),
     ('{"-1": 1, "2": 0}', None),
@@ -298,7 +301,14 @@ def test_an_answer_of_a_judge_is_read_whole_or_not_at_all(text, expected):
 def test_a_rubric_of_other_types_is_refused(rubric, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "a cat", "rubrics": [rubric]}))
-    with pytest.raises(LensError, match="line 1|held_out|is not a text"):
+    with pytest.raises(LensError, match="line 1: .*(held_out|is not a text)"):
+        kit_rubrics.read_rows(path, [(64, 64)])
+
+
+def test_half_a_character_in_a_prompt_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(r'{"prompt": "a cat \ud83d", "rubrics": [{"name": "a", "check": "b"}]}')
+    with pytest.raises(LensError, match="line 1: half a character"):
         kit_rubrics.read_rows(path, [(64, 64)])
 
 

@@ -31,6 +31,7 @@ from kit.files import (
     LensError,
     Parser,
     check_writable,
+    did_you_mean,
     error_context,
     file_hash,
     first_few,
@@ -274,6 +275,12 @@ def test_what_stops_the_writing_keeps_the_previous_file(tmp_path, error):
         replace_file(path, half)
     assert read_text(path) == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_link_whose_target_is_gone_is_not_meant_by_itself(tmp_path):
+    (tmp_path / "a.png").symlink_to("gone.png")
+    (tmp_path / "b.png").touch()
+    assert did_you_mean(tmp_path / "a.png") == f"; did you mean {tmp_path / 'b.png'}?"
 
 
 def test_a_folder_is_tried_before_the_work(tmp_path):
