@@ -781,7 +781,7 @@ def train_student(run, players, optimizers, source, settings, progress, output, 
                                           progress.step)
         report = mean_over_ranks(run, report)
         unsound = 0 if math.isfinite(report["grad_norm"] + report["fake_norm"]) else unsound + 1
-        train.check_sound(unsound)
+        train.check_sound(unsound, bar)
         stop = any(gathered(notice.given))         # a notice to one rank stops all
         progress.step += 1
         progress.seconds += time.perf_counter() - begin

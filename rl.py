@@ -531,7 +531,7 @@ class Progress:
     seconds: float = 0.0      # of training, evaluation left out
     base: dict = field(default_factory=dict)       # scores of the frozen model
     scores: dict = field(default_factory=dict)     # newest scores of `ema`
-    history: list = field(default_factory=list)    # of every step, for `gaming`
+    history: list = field(default_factory=list)    # of every step that was judged, for `gaming`
 
 
 @dataclass
@@ -616,7 +616,7 @@ def train_policy(run, init, size, rows, shown, settings, same_run, judge, schedu
         is_lost = row["failures"] > LOST_SHARE * settings.prompts * settings.group
         lost = lost + 1 if is_lost else 0
         unsound = 0 if math.isfinite(row["grad_norm"]) else unsound + 1
-        train.check_sound(unsound)
+        train.check_sound(unsound, bar)
 
         stop = any(gathered(notice.given)) or lost == lost_limit
         row |= watch_and_view(run, viewer, progress, row, schedule, bar)
@@ -653,12 +653,12 @@ def rows_of_step(rows, count, step, seed):
 
 def watch_and_view(run, viewer, progress, row, schedule, bar):
     """What may follow a step: a warning, an evaluation, a contact sheet. -> more for the log."""
-    more = {}
+    more, warning = {}, ""
     step, steps = progress.step, viewer.policies.settings.steps
     if row["reward"] is not None:                  # else nothing was judged
         held_out_share = row["rubrics"].get("held_out", 0.0)
         progress.history.append((row["reward"], row["diversity"], held_out_share))
-    warning = gaming(progress.history) if progress.history else ""
+        warning = gaming(progress.history)
     if warning:
         more["warning"] = warning
         if step % 10 == 0 and run.rank == 0:

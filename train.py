@@ -57,6 +57,7 @@ from kit.files import (
     not_negative,
     open_safetensors,
     positive,
+    read_json,
     require,
     run_command,
     seed_number,
@@ -608,9 +609,11 @@ class Progress:
                 "touched the weights; the last checkpoint is whole. Try a lower learning rate")
 
 
-def check_sound(unsound):
+def check_sound(unsound, bar):
     """LensError where so many steps in a row, of rl.py or distill.py, had a gradient that was not
-    finite, and so changed nothing."""
+    finite, and so changed nothing. bar: of tqdm, which is closed first"""
+    if unsound >= PATIENCE:
+        bar.close()
     require(unsound < PATIENCE, f"{unsound} steps in a row had a gradient that was not finite: "
             "none of them touched the weights; the last checkpoint is whole. Try a lower learning "
             "rate")
@@ -651,7 +654,7 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     config = lens.SIZES[size].transformer
     settings = {"--size": size, "--seed": run.seed, "--init": init, "--lora": lora,
                 "--data": "the toy world" if pattern is None else "shards",
-                "--parts": None if parts is None or is_own(parts, run.out) else str(parts),
+                "--parts": None if parts is None else parts_named(parts, run.out),
                 # None for fp32: runs from before there was a choice have none.
                 "--base-dtype": None if base_dtype == "fp32" else base_dtype}
     check_same_run(run.out, settings)
@@ -730,10 +733,14 @@ def train_denoiser(run, size, stages, steps=None, accumulate=1, pattern=None, wo
     run.say(f"done: {sample.command_to_see(run.out, prompt)}")
 
 
-def is_own(parts, out):
-    """Whether both parts are those in a run's own folder, where any later call finds them."""
+def parts_named(parts, out):
+    """The two parts as somebody named them; None for those in the run's own folder, where any later
+    call finds them."""
     places = gather(parts)
-    return {str(places.vae), str(places.text_encoder)} == {str(out)}
+    names = dict.fromkeys((str(places.vae), str(places.text_encoder)))
+    if all(expanded(name).resolve() == out.resolve() for name in names):
+        return None
+    return ", ".join(names)
 
 
 def make_denoiser(run, size, init, base_dtype):
@@ -798,11 +805,14 @@ def parts_of(init):
     """Where autoencoder and text encoder come from if nobody says: from the model that training
     starts from, which knows no other latents; where there is none, or it is a denoiser alone, from
     weights/toy."""
-    if init is None:
+    if init is None or str(init).endswith(".safetensors"):
         return sample.TOY
     folder = expanded(init)
-    alone = folder.is_file() or (folder.is_dir() and not (folder / INDEX_NAME).exists())
-    return sample.TOY if alone else init
+    if not folder.is_dir() or (folder / "vae").is_dir():
+        return init                                # a hub id, or a folder that has them
+    index = folder / INDEX_NAME
+    has_base = index.exists() and read_json(index).get("base")
+    return init if has_base else sample.TOY
 
 
 def text_tokens(size):

@@ -422,7 +422,7 @@ def inside_fence(text):
     'A cat.'
     """
     # A word after the opening is a language only where the line ends there.
-    fence = re.search(r"(?s)```(?:[\w-]*[ \t]*\n)?(.*?)(?:```|$)", text)
+    fence = re.search(r"(?s)```(?:[\w-]*[ \t\r]*\n)?(.*?)(?:```|$)", text)
     if fence:
         text = fence[1]
     return text.strip()

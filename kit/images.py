@@ -348,14 +348,14 @@ DESCRIPTION = 0x010E         # the EXIF tag of a picture's description
 def save_picture(image, path, notes):
     """Writes a picture as the ending of its path says, whole or not at all. The notes stand in a
     PNG as text; in a JPEG or WebP as JSON in the description, which holds ASCII alone (and is left
-    out where it is longer than a JPEG's EXIF may be)."""
+    out of a JPEG that has no room for it)."""
     kind = WRITTEN[path.suffix.lower()]
     if kind == "PNG":
         save_png(image, path, notes)
         return
     exif = Image.Exif()
     exif[DESCRIPTION] = json.dumps({name: str(value) for name, value in notes.items()})
-    if len(exif[DESCRIPTION]) > 60_000:            # a JPEG has room for 65,533 bytes of EXIF
+    if kind == "JPEG" and len(exif[DESCRIPTION]) > 60_000:          # its EXIF holds 65,533 bytes
         del exif[DESCRIPTION]
     replace_file(path, lambda beside: image.save(beside, kind, quality=95, exif=exif))
 

@@ -93,6 +93,8 @@ def read_rubric(given):
     for name in ("name", "check"):
         if not isinstance(given[name], str) or not given[name].strip():
             raise ValueError(f"{name} is not a text")
+    if given["name"] == "held_out":                # the log counts all held-out ones under it
+        raise ValueError("a rubric cannot be called held_out")
     held_out = given.get("held_out") or False
     if not isinstance(held_out, bool):
         raise ValueError("held_out is neither true nor false")

@@ -34,6 +34,10 @@ def kept_progress(out):
     return None if newest is None else read_json(newest / "notes.json")["progress"]
 
 
+# What a run has not always kept: where it is missing, nobody knows, and the run goes on.
+NEWER = ("--parts",)
+
+
 def check_same_run(out, settings):
     """LensError where `out` holds a run with other settings. settings: {what the user calls it, say
     "--seed": value}."""
@@ -43,7 +47,8 @@ def check_same_run(out, settings):
     kept = read_json(newest / "notes.json").get("settings", {})
     given = json.loads(json.dumps(settings))       # as JSON gives it back: tuples are lists there
     differ = [f"{name} {kept.get(name)}, not {given.get(name)}"
-              for name in sorted(kept.keys() | given.keys()) if kept.get(name) != given.get(name)]
+              for name in sorted(kept.keys() | given.keys())
+              if kept.get(name) != given.get(name) and (name in kept or name not in NEWER)]
     require(not differ, f"{out} holds another run, with {'; '.join(differ)}: "
             "give another --out, or the same settings")
 
@@ -96,9 +101,8 @@ def load_state(run, groups, optimizers, settings):
     if newest is None:
         return None
     check_same_run(run.out, settings)
-    if has_moments(newest):
-        make_moments(optimizers)
     with checkpoint_errors(f"cannot read {newest}"):
+        make_moments(stepped(newest, groups, optimizers))
         dcp.load(named_tensors(groups, optimizers),
                  storage_reader=dcp.HuggingFaceStorageReader(str(newest)))
     return kept_progress(run.out)
@@ -120,10 +124,16 @@ def named_tensors(groups, optimizers):
     return tensors
 
 
-def has_moments(state):
-    """Whether a state holds any: one that was saved before the first sound step has none."""
+def stepped(state, groups, optimizers):
+    """Those of the optimisers that have moments in a state: one that had taken no sound step before
+    it was saved has none."""
     stored = dcp.HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
-    return any(name.startswith("optimizer.") for name in stored)
+    have_moments = {name.partition(":")[0] for name in stored if name.startswith("optimizer.")}
+    names = {t: f"optimizer.{group}.{name}"
+             for group, named in groups.items() for name, t in named.items()}
+    return [optimizer for optimizer in optimizers
+            if any(names[p] in have_moments
+                   for group in optimizer.param_groups for p in group["params"])]
 
 
 def make_moments(optimizers):

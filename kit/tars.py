@@ -39,7 +39,7 @@ def find_files(pattern):
         head, tail = pattern.split("**/", 1)
         folders = glob.glob(head) if head else ["."]
         paths = [path for folder in folders for path in paths_below(folder)
-                 if path.match(tail or "*")]
+                 if path.match(tail or "*.tar")]
     else:
         paths = glob.glob(pattern)
     return sorted({str(path) for path in paths if os.path.isfile(path)})

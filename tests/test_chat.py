@@ -51,6 +51,7 @@ ANSWERS = [
     ("Here is the rewritten prompt:\n\n```text\n" + CAT + "\n```\nLet me know!", CAT),
     ("```markdown\n" + CAT, CAT),
     ("```" + CAT + "```", CAT),
+    ("```text\r\n" + CAT + "\r\n```", CAT),
     ("Sure! Here's your prompt:\n\n\"" + CAT + "\"", CAT),
     ("**Prompt:** " + CAT, CAT),
     ("Rewritten prompt: “" + CAT + "”", CAT),

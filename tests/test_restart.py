@@ -606,11 +606,11 @@ def test_lora_trains_an_adapter_and_nothing_else_and_goes_on_to_the_bit(
         assert torch.equal(w, after[name]), name
 
 
-def test_the_state_of_a_run_says_what_it_is(undisturbed):
+def test_the_state_of_a_run_says_what_it_is(undisturbed, parts):
     notes = json.loads((newest_state(undisturbed) / "notes.json").read_text())
     assert notes["settings"] == {
         "--size": "nano", "--seed": 0, "--init": None, "--lora": 0, "--data": "shards",
-        "--base-dtype": None}
+        "--base-dtype": None, "--parts": str(parts)}
     assert notes["progress"]["total"] == 24
     assert notes["progress"]["attention"] == "flash"
     assert not notes["progress"]["bf16"]

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from shards import LOOSE, make_shards, photo
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import data
 import kit.run
@@ -28,7 +30,7 @@ from kit.checkpoint import load_transformer, save_pipeline
 from kit.files import LensError, open_safetensors, write_json
 from kit.lora import add_lora, merge_lora
 from kit.muon import Muon
-from kit.places import WEIGHT_NAMES, read_metadata
+from kit.places import WEIGHT_NAMES, gather, read_metadata
 from kit.run import Run, compile_blocks
 from kit.state import kept_progress, newest_state
 from toy.labels import label_head, label_loss, label_sizes
@@ -345,14 +347,26 @@ def test_a_steps_batches_are_dealt_each_to_one_rank(ranks):
 
 def test_parts_come_from_the_model_that_a_run_starts_from(tmp_path):
     """They came from weights/toy, and a denoiser went on over latents that it had never seen."""
-    write_json(tmp_path / "whole" / "model_index.json", {})
-    (tmp_path / "alone").mkdir()
+    (tmp_path / "whole" / "vae").mkdir(parents=True)
+    write_json(tmp_path / "tuned" / "model_index.json", {"base": "../whole"})
+    write_json(tmp_path / "alone" / "model_index.json", {})
     (tmp_path / "file.safetensors").touch()
     assert train.parts_of(None) == sample.TOY
-    assert train.parts_of(str(tmp_path / "whole")) == str(tmp_path / "whole")
     assert train.parts_of("owner/model") == "owner/model"
+    for model in ("whole", "tuned"):
+        assert train.parts_of(str(tmp_path / model)) == str(tmp_path / model)
     for denoiser in ("alone", "file.safetensors"):
         assert train.parts_of(str(tmp_path / denoiser)) == sample.TOY
+
+
+def test_parts_of_the_runs_own_folder_need_no_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for own in ("run", "run/", f"{tmp_path}/run"):
+        assert train.parts_named(own, Path("run")) is None
+    apart = gather("run", vae="a.safetensors")
+    assert train.parts_named(apart, Path("run")) == "a.safetensors, run"
+    assert train.parts_named("owner/model", Path("run")) == "owner/model"
 
 
 def test_a_step_that_was_left_out_has_no_loss_of_any_kind(tmp_path):
@@ -365,9 +379,10 @@ def test_a_step_that_was_left_out_has_no_loss_of_any_kind(tmp_path):
 
 
 def test_steps_that_are_not_finite_end_a_run_at_last():
-    train.check_sound(train.PATIENCE - 1)
+    bar = tqdm(disable=True)
+    train.check_sound(train.PATIENCE - 1, bar)
     with pytest.raises(LensError, match="10 steps in a row had a gradient that was not finite"):
-        train.check_sound(train.PATIENCE)
+        train.check_sound(train.PATIENCE, bar)
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_all_else():

@@ -752,7 +752,7 @@ def measure_step(recipe, trial):
         "rank": trial.rank,
         "text": trial.text,
         "blocks": trial.blocks,
-        "base_dtype": trial.base_dtype,
+        "base_dtype": trial.base_dtype if recipe == "lora" else None,
         "device": trial.device,
         "parameters": counts.base,
         "adapter": counts.adapter,

@@ -206,8 +206,9 @@ def world_key(stage, seed, vae, encoder):
         "brief": BRIEF,
         "shape_odds": stage.shape_odds,
         "labels": [*SHAPES, *COLORS],
-        # Who changes how scenes are drawn, captioned, labelled or encoded gets new ones. (Not who
-        # changes how lens.py computes a caption's features: then delete the folder.)
+        # Who changes how scenes are drawn, captioned, labelled or encoded gets new ones, be it a
+        # comment that was changed. (Not who changes how lens.py computes a caption's features: then
+        # delete the folder.)
         "code": [file_hash(path) for path in (toy.world.__file__, toy.labels.__file__, __file__,
                                               inspect.getfile(type(vae)))],
         "vae": weights_digest(vae),

@@ -35,8 +35,7 @@ def toy_row(seed, i, tasks, sizes, style="dense"):
     size = sizes[int(drawn)]
     scene, details, words = toy_scene(seed, i, tasks, size, style)
     rubrics = [fact_rubric(fact) for fact in facts(scene, details)]
-    return PromptRow(prompt=words, rubrics=rubrics + [COHERENT, CLEAN, TEXTURED],
-                     size=size)
+    return PromptRow(prompt=words, rubrics=rubrics + [COHERENT, CLEAN, TEXTURED], size=size)
 
 
 def fact_rubric(fact):
