@@ -649,7 +649,7 @@ def test_an_adapter_of_a_rank_above_a_layers_size_is_as_strong(rank):
     change = torch.randn(6, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     a, b = nearest_of_rank(change, rank)
     assert (a.shape, b.shape) == ((rank, 20), (6, rank))
-    left = torch.linalg.svdvals(change)[rank:].norm()
+    left = torch.linalg.svdvals(change)[rank:].norm().item()
     assert (b @ a - change).norm() == pytest.approx(left, abs=1e-9)
 
 

@@ -386,7 +386,7 @@ def test_every_command_ends_with_what_it_wrote_and_what_comes_next(folder, tmp_p
 
     data.main(["cache", *of_toy[:2], "--out", str(latents)])
     *_, wrote, following = capsys.readouterr().out.splitlines()
-    assert wrote.startswith(f"{latents}: latents of 1 pictures in 1 tars, 0.0 MB; 1 tars were enc")
+    assert wrote.startswith(f"{latents}: latents of 1 pictures in 1 tars, ")
     assert following.startswith(f"next: python train.py --data '{latents}/*.tar' --size toy ")
 
     # What it says next is true: training takes these latents as they are.
