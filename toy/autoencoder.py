@@ -12,13 +12,13 @@ same command again resumes. The second command trains without the semantic term,
 The third trains on shards of `data.py pack`.
 
 The story in one paragraph: the loss is reconstruction, a little KL and a little meaning. The KL
-term keeps latents close together, so that what a denoiser gets almost right decodes to something
-right. The semantic term asks one Linear to read off each token, through noise, which object covers
-it and how that lies; it makes tokens in which a scene's facts stand out. At the end the tokens'
-mean and variance are measured once, and a fresh Linear on held-out scenes says how much can be read
-off them (the probe). Nobody knows what covers which token of one's own pictures: there the semantic
-term and the probe are left out, and a round trip of pictures that were kept aside says how good it
-is.
+term keeps latents close together, and the decoder gets them through a little noise, so that what a
+denoiser gets almost right decodes to something right. The semantic term asks one Linear to read off
+each token, through much noise, which object covers it and how that lies; it makes tokens in which a
+scene's facts stand out. At the end the tokens' mean and variance are measured once, and a fresh
+Linear on held-out scenes says how much can be read off them (the probe). Nobody knows what covers
+which token of one's own pictures: there the semantic term and the probe are left out, and a round
+trip of pictures that were kept aside says how good it is.
 
 Where this departs: everything here is [ours]. The paper takes FLUX.2's weights, whose own recipe is
 not published. The Linear of the semantic term is thrown away after training.
@@ -67,6 +67,7 @@ from vae import Attention, LensVAE, ResBlock
 LR = 1e-3                     # peak, of AdamW, whatever the batch
 MUON_LR = 3e-3                # peak, of Muon, for the kernels of convolutions
 EMA = 0.995                   # decay of the average of weights, which is what is saved
+DECODED_NOISE = 0.25          # of what is decoded in training, over a channel's spread
 MOST_NOISE = 0.9              # t of the noise through which the semantic term is read: 0 to this
 BATCH = {64: 8, 96: 4, 128: 2}     # pictures of each area: all cost about the same
 
@@ -217,6 +218,13 @@ def kl_loss(mean, logvar):
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
+def spread_of(z):
+    """Standard deviation of each channel of a latent [B, c, H/8, W/8]: [1, c, 1, 1]. Detached, so
+    that what has to be seen through noise may grow by itself, which the KL term limits. With a
+    gradient, all else in its channel would be pushed down to make room for it."""
+    return z.detach().std((0, 2, 3), keepdim=True)
+
+
 def semantic_loss(head, z, covering, noise, t):
     """How badly a Linear reads off noised tokens what covers each of them: a number.
 
@@ -226,10 +234,7 @@ def semantic_loss(head, z, covering, noise, t):
     stand out: it takes more of a token's variance, and textures, which no caption tells, take less.
     Read without noise, facts lie in the tokens but not on top, and the denoiser learns them later.
     """
-    # Detached, so that a fact may grow by itself, which the KL term limits. With a gradient, all
-    # else in its channel would be pushed down to make room for it.
-    spread = z.detach().std((0, 2, 3), keepdim=True)                  # [1, c, 1, 1]
-    z = add_noise(z / spread, noise, t)
+    z = add_noise(z / spread_of(z), noise, t)
     tokens = F.pixel_unshuffle(z, 2).flatten(2).transpose(1, 2)       # [B, h*w, 4c]
     return label_loss(head, tokens, covering).mean()
 
@@ -245,7 +250,10 @@ def losses(vae, head, pixels, covering, draws, semantic, kl, saturated=7):
     mean, logvar = vae.encode(images)
     mean, logvar = mean.float(), logvar.float()                       # [B, c, H/8, W/8]
     z = mean + (0.5 * logvar).exp() * draws.posterior
-    decoded = vae.decode(z).float()                                   # [B, 3, H, W]
+    # No denoiser is exact. Without noise here, latents grow until the posterior's is nothing beside
+    # them, edges and textures lie in the last digits, and what a denoiser draws wobbles.
+    noised = z + DECODED_NOISE * spread_of(z) * draws.decoded
+    decoded = vae.decode(noised).float()                              # [B, 3, H, W]
 
     terms = {"reconstruction": reconstruction_loss(decoded, images, saturated),
              "kl": kl_loss(mean, logvar)}
@@ -398,6 +406,7 @@ class Draws(NamedTuple):
     posterior: torch.Tensor   # [B, c, H/8, W/8], with which the latent is drawn from the posterior
     semantic: torch.Tensor    # [B, c, H/8, W/8], through which the semantic term is read
     t: torch.Tensor           # [B], how much of the latter
+    decoded: torch.Tensor     # [B, c, H/8, W/8], through which the latent is decoded
 
 
 def draw_step(seed, step, shape):
@@ -406,7 +415,8 @@ def draw_step(seed, step, shape):
     posterior = torch.randn(shape, generator=generator)
     semantic = torch.randn(shape, generator=generator)
     t = MOST_NOISE * torch.rand(shape[0], generator=generator)
-    return Draws(posterior, semantic, t)
+    decoded = torch.randn(shape, generator=generator)
+    return Draws(posterior, semantic, t, decoded)
 
 
 def make_optimizers(vae, params):
