@@ -614,9 +614,9 @@ def check_sound(unsound, bar):
     finite, and so changed nothing. bar: of tqdm, which is closed first"""
     if unsound >= PATIENCE:
         bar.close()
-    require(unsound < PATIENCE, f"{unsound} steps in a row had a gradient that was not finite: "
-            "none of them touched the weights; the last checkpoint is whole. Try a lower learning "
-            "rate")
+        raise LensError(f"{unsound} steps in a row had a gradient that was not finite: none of "
+                        "them touched the weights; the last checkpoint is whole. Try a lower "
+                        "learning rate")
 
 
 @dataclass(frozen=True)

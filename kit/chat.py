@@ -213,7 +213,7 @@ class Endpoint:
                 append_line(self.journal, json.dumps([name, answer]))
 
 
-CHECK_TRIES = 3           # 3 seconds between them, unless the server asks for more
+CHECK_TRIES = 3           # 3 seconds of waiting in all, unless the server asks for more
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):

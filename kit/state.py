@@ -111,11 +111,9 @@ def load_state(run, groups, optimizers, settings):
 def named_tensors(groups, optimizers):
     """{"group.name": tensor} of the groups, and {"optimizer.name:moment": tensor} of all that
     optimisers carry along."""
-    tensors, names = {}, {}
-    for group, named in groups.items():
-        for name, t in named.items():
-            tensors[f"{group}.{name}"] = t.detach()
-            names[t] = f"{group}.{name}"
+    names = names_in(groups)
+    tensors = {f"{group}.{name}": t.detach()
+               for group, named in groups.items() for name, t in named.items()}
     for optimizer in optimizers:
         for p, moments in optimizer.state.items():
             for moment, t in moments.items():
@@ -124,15 +122,19 @@ def named_tensors(groups, optimizers):
     return tensors
 
 
+def names_in(groups):
+    """{tensor: "group.name"} of {group: {name: tensor}}."""
+    return {t: f"{group}.{name}" for group, named in groups.items() for name, t in named.items()}
+
+
 def stepped(state, groups, optimizers):
     """Those of the optimisers that have moments in a state: one that had taken no sound step before
     it was saved has none."""
     stored = dcp.HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata
-    have_moments = {name.partition(":")[0] for name in stored if name.startswith("optimizer.")}
-    names = {t: f"optimizer.{group}.{name}"
-             for group, named in groups.items() for name, t in named.items()}
+    have_moments = {name.partition(":")[0] for name in stored}
+    names = names_in(groups)
     return [optimizer for optimizer in optimizers
-            if any(names[p] in have_moments
+            if any(f"optimizer.{names[p]}" in have_moments
                    for group in optimizer.param_groups for p in group["params"])]
 
 

@@ -122,6 +122,23 @@ def test_the_semantic_term_reads_tokens_through_noise():
     assert torch.allclose(loss(5 * z, 0.25), loss(z, 0.25))
 
 
+def test_the_latent_is_decoded_through_noise(monkeypatch):
+    """A quarter of each channel's spread, whatever the posterior's own noise is."""
+    vae = LensVAE(SIZES["nano"].vae)
+    pixels, _ = autoencoder.make_batch(0, 0, (32, 48), 2)
+    mean, logvar = vae.encode(to_images(pixels))
+    draws = autoencoder.draw_step(0, 7, mean.shape)
+    seen = []
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda z: seen.append(z) or decode(z))
+    autoencoder.losses(vae, None, pixels, None, draws, semantic=0, kl=0.02)
+
+    z = mean + (0.5 * logvar).exp() * draws.posterior
+    spread = z.std((0, 2, 3), keepdim=True)
+    assert torch.allclose(seen[0], z + 0.25 * spread * draws.decoder, atol=1e-5)
+    assert (spread > 0).all()
+
+
 # --- Runs -----------------------------------------------------------------------------------------
 
 def test_training_lowers_the_loss_and_resumes_bit_for_bit(tmp_path, monkeypatch, capsys):

@@ -21,9 +21,9 @@ Pictures go from features to pixels, those of the toy from the prompt on. Weight
 the toy's. `tflops` is our work over our seconds; `peak_share` is that over what a large matrix
 product reaches on the same machine (`matmul_tflops`, measured before). `peak_memory_gib` is on a
 GPU the most while our path runs, with the weights of the other paths, and on a CPU the most that
-the whole process held. `difference` is the length of our tokens less the
-naive ones, over the length of these; it tells something of the toy, where text matters, and little
-of random weights. What was measured with all this: docs/speed.md.
+the whole process held. `difference` is the length of our tokens less the naive ones, over the
+length of these; it tells something of the toy, where text matters, and little of random weights.
+What was measured with all this: docs/speed.md.
 """
 import copy
 import json

@@ -252,7 +252,7 @@ def losses(vae, head, pixels, covering, draws, semantic, kl, saturated=7):
     z = mean + (0.5 * logvar).exp() * draws.posterior
     # No denoiser is exact. Without noise here, latents grow until the posterior's is nothing beside
     # them, edges and textures lie in the last digits, and what a denoiser draws wobbles.
-    noised = z + DECODED_NOISE * spread_of(z) * draws.decoded
+    noised = z + DECODED_NOISE * spread_of(z) * draws.decoder
     decoded = vae.decode(noised).float()                              # [B, 3, H, W]
 
     terms = {"reconstruction": reconstruction_loss(decoded, images, saturated),
@@ -406,7 +406,7 @@ class Draws(NamedTuple):
     posterior: torch.Tensor   # [B, c, H/8, W/8], with which the latent is drawn from the posterior
     semantic: torch.Tensor    # [B, c, H/8, W/8], through which the semantic term is read
     t: torch.Tensor           # [B], how much of the latter
-    decoded: torch.Tensor     # [B, c, H/8, W/8], through which the latent is decoded
+    decoder: torch.Tensor     # [B, c, H/8, W/8], through which the latent is decoded
 
 
 def draw_step(seed, step, shape):
@@ -415,8 +415,8 @@ def draw_step(seed, step, shape):
     posterior = torch.randn(shape, generator=generator)
     semantic = torch.randn(shape, generator=generator)
     t = MOST_NOISE * torch.rand(shape[0], generator=generator)
-    decoded = torch.randn(shape, generator=generator)
-    return Draws(posterior, semantic, t, decoded)
+    decoder = torch.randn(shape, generator=generator)
+    return Draws(posterior, semantic, t, decoder)
 
 
 def make_optimizers(vae, params):
