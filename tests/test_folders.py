@@ -386,7 +386,9 @@ def test_every_command_ends_with_what_it_wrote_and_what_comes_next(folder, tmp_p
 
     data.main(["cache", *of_toy[:2], "--out", str(latents)])
     *_, wrote, following = capsys.readouterr().out.splitlines()
-    assert wrote.startswith(f"{latents}: latents of 1 pictures in 1 tars, ")
+    size = data.in_bytes(sum(tar.stat().st_size for tar in latents.glob("*.tar")))
+    assert wrote == (f"{latents}: latents of 1 pictures in 1 tars, {size}; 1 tars were encoded "
+                     "now, 0 were there already; 0 pictures were left out")
     assert following.startswith(f"next: python train.py --data '{latents}/*.tar' --size toy ")
 
     # What it says next is true: training takes these latents as they are.
